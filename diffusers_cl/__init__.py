@@ -1,0 +1,28 @@
+"""Continual learning for Hugging Face diffusers."""
+
+import importlib
+
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "ClassConditionalPipeline": "pipeline",
+    "DiagonalEWC": "ewc",
+    "GenerativeDistillation": "replay",
+    "GenerativeReplay": "replay",
+    "Rank1EWC": "ewc",
+    "TrainingConfig": "config",
+    "denoising_losses": "losses",
+    "diagonal_fisher": "fisher",
+    "per_sample_gradients": "fisher",
+    "rank1_fisher": "fisher",
+    "training_target": "losses",
+}
+
+__all__ = ["__version__", *_PUBLIC]
+
+
+def __getattr__(name: str):
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), name)

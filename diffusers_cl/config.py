@@ -1,0 +1,325 @@
+"""The configuration of a run: one flat dataclass, filled from YAML files and the command line."""
+
+import dataclasses
+import difflib
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+
+from .errors import ConfigError
+
+
+# Keys that may differ when a run is continued: they move no number in metrics.json.
+OPERATIONAL_KEYS = (
+    "output_dir",
+    "overwrite_output_dir",
+    "resume_from_checkpoint",
+    "checkpointing_steps",
+    "checkpoints_total_limit",
+    "report_to",
+    "logging_dir",
+    "cache_dir",
+    "dataloader_num_workers",
+)
+NUM_TRAIN_TIMESTEPS = 1000
+
+
+@dataclass
+class TrainingConfig:
+    """Trains a class-conditional diffusion model on a stream of class sets."""
+
+    # Data
+    dataset_name: str | None = None
+    """A dataset on the Hub, a folder that `datasets` can load, or `digits` (scikit-learn's, no download)."""
+    dataset_config_name: str | None = None
+    """The configuration of the dataset, if it has more than one."""
+    train_data_dir: str | None = None
+    """A folder of images, one sub-folder a class (`imagefolder`). Give this or `dataset_name`."""
+    image_column: str | None = None
+    """The column with the images; found by itself if there is one `Image` column, `image` or `img`."""
+    label_column: str | None = None
+    """The column with the classes; found by itself if it is `label`, `fine_label` or the only `ClassLabel` column."""
+    train_split: str = "train"
+    """The split to train on."""
+    eval_split: str | None = None
+    """The split to evaluate on; by default `test`, else `validation`, else a stratified 20 % of the training split."""
+    max_train_samples: int | None = None
+    """Use at most so many training images, chosen by the seed."""
+    resolution: int = 32
+    """Height and width of the images that the model sees, in pixels."""
+    resize_mode: Literal["pad", "resize"] = "resize"
+    """`pad` smaller images with black (-1) to the resolution, or `resize` the shorter side and crop the centre."""
+    random_flip: bool = False
+    """Flip training images horizontally at random."""
+    cache_dir: str | None = None
+    """Where downloads and the feature classifier are kept; by default the Hugging Face cache."""
+    dataloader_num_workers: int = 0
+    """Processes that load images; 0 loads in the main process."""
+
+    # Stream
+    tasks: list[list[int | str]] | None = None
+    """The classes of every task: lists of class names (or of label ids). Give this or `classes_per_task`."""
+    classes_per_task: int | None = None
+    """Cut all classes, in `class_order`, into tasks of so many."""
+    class_order: int | list[int | str] | None = None
+    """For `classes_per_task`: a list of class names or ids, or a number that seeds a shuffle; by default label order."""
+    stream: Literal["sequential", "joint", "cumulative"] = "sequential"
+    """`sequential`: a task sees its own classes; `joint`: one phase over all classes (upper bound); `cumulative`: a task
+    sees all classes so far. The last two refuse replay and penalty."""
+    num_class_embeds: int | None = None
+    """Rows of the class embedding; by default the number of classes in all tasks."""
+
+    # Method
+    replay: Literal["none", "generative_replay", "generative_distillation"] = "none"
+    """Rows of earlier classes in every batch, from the previous task's model: with the noise as target
+    (`generative_replay`) or that model's prediction (`generative_distillation`)."""
+    replay_weighting: Literal["sum", "by_task"] = "sum"
+    """`sum`: new rows weigh 1, replayed rows `distillation_weight`; `by_task`: 1/k and 1 - 1/k in task k."""
+    distillation_weight: float = 1.0
+    """Weight of the replayed rows' mean loss, for `replay_weighting: sum`."""
+    replay_images_per_class: int = 5000
+    """How many images of every earlier class are generated."""
+    replay_num_inference_steps: int = 50
+    """DDIM steps for a replayed image."""
+    replay_batch_size: int = 256
+    """Images a forward pass when generating replay; another value changes images by about 1e-4."""
+    replay_refresh: Literal["latest", "once"] = "latest"
+    """`latest`: before each task everything is generated anew from the newest model; `once`: a class is generated right
+    after it was learned and kept."""
+    penalty: Literal["none", "ewc", "rank1_ewc"] = "none"
+    """A quadratic penalty around the weights of finished tasks, with a diagonal or a rank-1 Fisher."""
+    penalty_mode: Literal["loss", "decoupled"] = "loss"
+    """`loss`: added to the loss (the paper); `decoupled`: an exact proximal step after the optimizer's (not the paper)."""
+    ewc_lambda: float | Literal["auto"] = 15_000.0
+    """Weight of the penalty, or `auto`: the measured curvature of the old task's loss in its place."""
+    fisher_samples: int | None = None
+    """Draws of image, timestep and noise for the Fisher; by default one for every training image of the task."""
+    fisher_timesteps: list[int] = dataclasses.field(default_factory=lambda: [0, NUM_TRAIN_TIMESTEPS])
+    """Timesteps `[start, end)` that the Fisher is averaged over; low SNR is [667, 1000]."""
+    fisher_diagnostics: bool = True
+    """Also measure the trace, the direction's share of it and the curvature along it."""
+
+    # Model
+    model_config_name_or_path: str | None = None
+    """A `UNet2DModel` config (JSON file, folder or Hub id); by default the paper's network (37 M parameters). The script
+    sets sample_size, in_channels, out_channels and num_class_embeds."""
+    prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
+    """What the network predicts."""
+
+    # Training
+    output_dir: str = "continual-model"
+    """Where the run leaves its files. The same command in the same folder goes on where it was."""
+    overwrite_output_dir: bool = False
+    """Delete the run in `output_dir` and start over."""
+    seed: int = 0
+    """Every random draw of the run is a function of it."""
+    num_threads: int | None = None
+    """CPU threads a process; by default the available cores divided by the processes on this machine."""
+    train_batch_size: int = 128
+    """Images of the current task in a batch, per process; as many replayed ones are added."""
+    num_train_epochs: int = 200
+    """Epochs a task."""
+    max_train_steps: int | list[int] | None = None
+    """Optimizer steps a task, in place of epochs; a list gives every task its own and repeats its last entry. With
+    `stream: joint` the one phase takes the sum over all tasks."""
+    gradient_accumulation_steps: int = 1
+    """Batches an optimizer step."""
+    learning_rate: float = 2e-4
+    """Peak learning rate."""
+    lr_scheduler: Literal[
+        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
+    ] = "constant"
+    """Schedule of the learning rate over a task, in optimizer steps."""
+    lr_warmup_steps: int = 0
+    """Optimizer steps of warm-up, in every task."""
+    adam_beta1: float = 0.9
+    """Adam's beta1."""
+    adam_beta2: float = 0.999
+    """Adam's beta2."""
+    adam_weight_decay: float = 0.0
+    """Decoupled weight decay (AdamW)."""
+    adam_epsilon: float = 1e-8
+    """Adam's epsilon."""
+    max_grad_norm: float | None = None
+    """Clip the gradient to this norm; by default not clipped."""
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    """Precision of training; by default what `accelerate` was told. Fisher and sampling are always float32."""
+    allow_tf32: bool = False
+    """Let training and sampling use TF32 on GPUs; the Fisher never does."""
+    use_ema: bool = False
+    """Train with an exponential moving average, which becomes the model when a task ends."""
+    ema_inv_gamma: float = 1.0
+    """Inverse gamma of the EMA's warm-up."""
+    ema_power: float = 0.75
+    """Power of the EMA's warm-up."""
+    ema_max_decay: float = 0.9999
+    """Largest decay of the EMA."""
+    checkpointing_steps: int = 500
+    """Save a checkpoint for resuming every so many optimizer steps."""
+    checkpoints_total_limit: int | None = None
+    """Keep at most so many checkpoints."""
+    resume_from_checkpoint: str | None = None
+    """A checkpoint folder to go back to; by default the newest valid one in `output_dir`."""
+    report_to: Literal["tensorboard", "wandb", "none"] = "tensorboard"
+    """Where to send losses and images while training."""
+    logging_dir: str = "logs"
+    """Folder for the trackers' files, inside `output_dir`."""
+    license: str = "apache-2.0"
+    """License of the published models, for their cards."""
+
+    # Evaluation
+    eval_images_per_class: int | None = None
+    """Cap on test images a class, and so on generated ones; by default as many as the test split has."""
+    eval_num_inference_steps: int = 50
+    """DDIM steps for an evaluated image."""
+    eval_batch_size: int = 256
+    """Images a forward pass when generating for evaluation."""
+    feature_extractor: str = "inception"
+    """`inception` (FID, KID), `classifier` (a small CNN trained here on the real training split: fd_classifier,
+    accuracy), or a transformers image classifier (Hub id or folder)."""
+    feature_extractor_weights_path: str | None = None
+    """Inception weights that are already on this machine (torch-fidelity's file)."""
+
+    def num_steps_for_task(self, task: int) -> int | None:
+        """Returns `max_train_steps` of one task, `None` if epochs decide."""
+        if isinstance(self.max_train_steps, list):
+            return self.max_train_steps[min(task, len(self.max_train_steps) - 1)]
+        return self.max_train_steps
+
+
+def validate(config: TrainingConfig) -> None:
+    """
+    Checks what the configuration alone can show.
+
+    Raises:
+        ConfigError: names the key, its value and what is allowed.
+    """
+
+    def require(condition: bool, key: str, allowed: str) -> None:
+        if not condition:
+            raise ConfigError(f"{key} is {getattr(config, key)!r}; allowed: {allowed}")
+
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        require(not isinstance(value, float) or math.isfinite(value), field.name, "finite numbers")
+    if (config.dataset_name is None) == (config.train_data_dir is None):
+        raise ConfigError(
+            f"give exactly one of dataset_name ({config.dataset_name!r}) and train_data_dir ({config.train_data_dir!r})"
+        )
+    if (config.tasks is None) == (config.classes_per_task is None):
+        raise ConfigError(
+            f"give exactly one of tasks ({config.tasks!r}) and classes_per_task ({config.classes_per_task!r})"
+        )
+    if config.tasks is not None:
+        require(config.class_order is None, "class_order", "null when tasks are listed")
+        require(len(config.tasks) > 0 and all(config.tasks), "tasks", "non-empty lists of classes")
+        names = [str(name) for task in config.tasks for name in task]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ConfigError(f"tasks: the class {twice[0]!r} stands in more than one place; every class belongs to one")
+    if config.stream != "sequential":
+        for key in ("replay", "penalty"):
+            require(getattr(config, key) == "none", key, f"'none' with stream: {config.stream}, which has the real data")
+    for key in (
+        ("classes_per_task", "max_train_samples", "resolution", "num_class_embeds", "num_threads", "train_batch_size")
+        + ("num_train_epochs", "gradient_accumulation_steps", "checkpointing_steps", "checkpoints_total_limit")
+        + ("replay_images_per_class", "replay_num_inference_steps", "replay_batch_size", "fisher_samples")
+        + ("eval_num_inference_steps", "eval_batch_size")
+    ):
+        require(getattr(config, key) is None or getattr(config, key) >= 1, key, "whole numbers from 1")
+    require(config.eval_images_per_class is None or config.eval_images_per_class >= 2, "eval_images_per_class", "2 or more")
+    require(config.max_train_steps != [], "max_train_steps", "at least one number")
+    steps = config.max_train_steps if isinstance(config.max_train_steps, list) else [config.max_train_steps or 1]
+    require(min(steps) >= 1, "max_train_steps", "whole numbers from 1")
+    for key in ("learning_rate", "adam_epsilon", "max_grad_norm", "distillation_weight", "ema_inv_gamma", "ema_power"):
+        require(getattr(config, key) is None or getattr(config, key) > 0, key, "positive numbers")
+    for key in ("adam_beta1", "adam_beta2", "ema_max_decay"):
+        require(0 <= getattr(config, key) < 1, key, "[0, 1)")
+    for key in ("lr_warmup_steps", "dataloader_num_workers", "seed", "adam_weight_decay"):
+        require(getattr(config, key) >= 0, key, "0 or more")
+    require(config.ewc_lambda == "auto" or config.ewc_lambda > 0, "ewc_lambda", "positive numbers and 'auto'")
+    bounds = config.fisher_timesteps
+    require(
+        len(bounds) == 2 and 0 <= bounds[0] < bounds[1] <= NUM_TRAIN_TIMESTEPS,
+        "fisher_timesteps",
+        f"[start, end) within [0, {NUM_TRAIN_TIMESTEPS}]",
+    )
+    if config.feature_extractor_weights_path is not None:
+        require(config.feature_extractor == "inception", "feature_extractor", "'inception' when weights are given")
+
+
+class _Parser(ArgumentParser):
+    """Raises instead of printing the usage: a fault is one sentence."""
+
+    def error(self, message: str, ex: Exception | None = None):
+        raise ConfigError(message) from ex
+
+
+def _parser() -> ArgumentParser:
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = _Parser(prog="train_continual.py", description=TrainingConfig.__doc__, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="a YAML file; may be repeated, a later one wins")
+    parser.add_class_arguments(TrainingConfig, as_group=False)
+    return parser
+
+
+def _check_keys(keys: list[str], where: str) -> None:
+    known = [field.name for field in dataclasses.fields(TrainingConfig)]
+    for key in keys:
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            raise ConfigError(f"{where}: unknown key {key!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+
+
+def parse_config(arguments: list[str] | None = None) -> TrainingConfig:
+    """
+    Returns the validated configuration of a command line: `--config FILE ...` in the order given, then `--key value`.
+
+    Raises:
+        ConfigError: unknown key, wrong type or impossible combination, naming the key and what is allowed.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    # Files first: the command line wins wherever it stands.
+    files, rest = [], []
+    while arguments:
+        argument = arguments.pop(0)
+        if argument == "--config" and arguments:
+            files.append(arguments.pop(0))
+        elif argument.startswith("--config="):
+            files.append(argument.split("=", 1)[1])
+        else:
+            rest.append(argument)
+    for file in files:
+        try:
+            content = yaml.safe_load(Path(file).read_text())
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ConfigError(f"--config {file}: {str(error).splitlines()[0]}") from error
+        if not isinstance(content, dict):
+            raise ConfigError(f"--config {file}: expected a mapping of keys to values, found {type(content).__name__}")
+        _check_keys(list(content), file)
+    _check_keys([a[2:].split("=", 1)[0] for a in rest if a.startswith("--") and a != "--help"], "command line")
+    # `--use_ema` alone means true, as in diffusers' scripts.
+    switches = {f"--{field.name}" for field in dataclasses.fields(TrainingConfig) if field.type is bool}
+    for position in reversed(range(len(rest))):
+        if rest[position] in switches and (rest + ["--"])[position + 1].startswith("--"):
+            rest[position] += "=true"
+    parser = _parser()
+    try:
+        namespace = parser.parse_args([part for file in files for part in ("--config", file)] + rest)
+    except ArgumentError as error:
+        raise ConfigError(" ".join(str(error).split())) from error
+    values = namespace.as_dict()
+    values.pop("config")
+    config = TrainingConfig(**values)
+    validate(config)
+    return config
+
+
+def to_yaml(config: TrainingConfig) -> str:
+    """Returns the configuration as YAML, in the order of the dataclass."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,56 @@
+"""The draws that a task's Fisher is estimated from, each a function of the seed, the task and its index."""
+
+from collections.abc import Iterator
+
+import torch
+
+from .losses import training_target
+from .pipeline import from_uint8
+from .randomness import generator, permutation
+from .tasks import TaskImages
+
+
+class FisherBatches:
+    """
+    Re-iterable batches `(noisy_images, timesteps, class_labels, target)` over the images of a task, the same tensors
+    every time and whatever the batch size or the number of processes.
+
+    Args:
+        images ([`TaskImages`]): without flips.
+        noise_scheduler: a diffusers scheduler.
+        num_samples (`int` or `None`): draws over all processes; by default one for every image. Fewer take images at
+            random, more go round again with new noise.
+        timesteps (`tuple[int, int]`): `[start, end)`.
+        batch_size, seed, task (`int`), device.
+        process_index, num_processes (`int`): this process's part of the draws.
+    """
+
+    def __init__(
+        self,
+        images: TaskImages,
+        noise_scheduler,
+        num_samples: int | None,
+        timesteps: tuple[int, int],
+        batch_size: int,
+        seed: int,
+        task: int,
+        device,
+        process_index: int = 0,
+        num_processes: int = 1,
+    ):
+        self.images, self.noise_scheduler, self.timesteps = images, noise_scheduler, timesteps
+        self.batch_size, self.seed, self.task, self.device = batch_size, seed, task, device
+        self.order = permutation(len(images), seed, "fisher", task).tolist()
+        self.indices = range(process_index, num_samples or len(images), num_processes)
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, ...]]:
+        for start in range(0, len(self.indices), self.batch_size):
+            indices = self.indices[start : start + self.batch_size]
+            images, class_labels = self.images.__getitems__([(0, self.order[i % len(self.order)]) for i in indices])
+            clean_images = from_uint8(images)
+            generators = [generator(self.seed, "fisher", self.task, index) for index in indices]
+            timesteps = torch.cat([torch.randint(*self.timesteps, (1,), generator=g) for g in generators])
+            noise = torch.stack([torch.randn(clean_images.shape[1:], generator=g) for g in generators])
+            noisy_images = self.noise_scheduler.add_noise(clean_images, noise, timesteps)
+            target = training_target(self.noise_scheduler, clean_images, noise, timesteps)
+            yield tuple(tensor.to(self.device) for tensor in (noisy_images, timesteps, class_labels, target))

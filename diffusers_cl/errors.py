@@ -1,0 +1,37 @@
+"""What can go wrong in a run that its user can mend, each with the exit code of the training process."""
+
+
+class RunError(Exception):
+    """A fault with a message for the user: it is printed without a traceback and ends the process with `exit_code`."""
+
+    exit_code = 1
+
+
+class ConfigError(RunError, ValueError):
+    """The configuration or the output folder alone shows the fault."""
+
+    exit_code = 2
+
+
+class DataError(RunError, ValueError):
+    """The data, or something else that has to be fetched, shows the fault."""
+
+    exit_code = 3
+
+
+class CheckpointError(RunError):
+    """A checkpoint or task folder is missing, damaged or does not fit the run."""
+
+    exit_code = 4
+
+
+class NonFiniteError(RunError):
+    """A loss, gradient or Fisher quantity is not finite."""
+
+    exit_code = 5
+
+
+class StorageError(RunError):
+    """Files could not be written."""
+
+    exit_code = 6

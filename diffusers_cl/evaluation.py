@@ -1,0 +1,151 @@
+"""Measuring the model after every task: sampled images against the held-out ones, task by task."""
+
+from collections.abc import Callable
+
+import PIL.Image
+import torch
+from diffusers.utils import make_image_grid
+
+from .config import TrainingConfig
+from .features import FeatureExtractor
+from .metrics import accuracy_by_class, floor, summarize, task_metrics
+from .tasks import ImageSplit, cap_per_class
+
+
+# Images a class in a sample grid, and the least width of an image in it, in pixels.
+GRID_COLUMNS = 10
+GRID_IMAGE_SIZE = 32
+MAX_GRID_ROWS = 100
+HIGHER_IS_BETTER = ("accuracy", "recall")
+
+
+def image_grid(images: torch.Tensor, columns: int) -> PIL.Image.Image:
+    """
+    Returns uint8 images of shape `(rows * columns, channels, height, width)` as one picture, small ones enlarged by a
+    whole factor.
+    """
+    scale = -(-GRID_IMAGE_SIZE // min(images.shape[-2:]))
+    arrays = images.permute(0, 2, 3, 1).squeeze(-1).numpy()
+    pictures = [PIL.Image.fromarray(array) for array in arrays]
+    size = (pictures[0].width * scale, pictures[0].height * scale)
+    enlarged = [picture.resize(size, PIL.Image.Resampling.NEAREST) for picture in pictures]
+    return make_image_grid(enlarged, rows=len(enlarged) // columns, cols=columns)
+
+
+class Evaluation:
+    """
+    Measures models on the held-out images of every task. Real features are extracted once.
+
+    Args:
+        test ([`ImageSplit`]): the held-out images.
+        tasks (`list[list[str]]`): the classes of every task.
+        class_ids (`dict[str, int]`): the model's id of every class.
+        extractor ([`FeatureExtractor`]).
+        config ([`TrainingConfig`]): `eval_images_per_class`.
+    """
+
+    def __init__(
+        self,
+        test: ImageSplit,
+        tasks: list[list[str]],
+        class_ids: dict[str, int],
+        extractor: FeatureExtractor,
+        config: TrainingConfig,
+    ):
+        self.tasks, self.class_ids, self.extractor = tasks, class_ids, extractor
+        self.labels: list[list[str]] = []
+        self.real: list[tuple] = []
+        for names in tasks:
+            split = cap_per_class(test, names, config.eval_images_per_class)
+            self.labels.append([split.names[label] for label in split.labels])
+            self.real.append(extractor(split.decode(range(len(split.labels)))))
+        self.floor = floor([features for features, _ in self.real], extractor.name)
+
+    def __call__(
+        self, sample: Callable[[list[int], list[tuple]], torch.Tensor], num_tasks: int
+    ) -> tuple[dict, torch.Tensor]:
+        """
+        Returns the metric row of a model and the first images of every class.
+
+        The noise of an image is a function of its class and index: the same after every task.
+
+        Args:
+            sample: maps class ids and noise keys to uint8 images.
+            num_tasks (`int`): the tasks that the model has seen, from the first.
+
+        Returns:
+            `{"metrics": {name: [on task 0, 1, ...]}, "class_accuracy": {...} or None, "num_images": [...]}`, and images
+            of shape `(classes * columns, channels, height, width)` for [`image_grid`].
+        """
+        labels = [name for task in self.labels[:num_tasks] for name in task]
+        counts: dict[str, int] = {}
+        keys = []
+        for name in labels:
+            keys.append(("eval", name, counts.setdefault(name, 0)))
+            counts[name] += 1
+        images = sample([self.class_ids[name] for name in labels], keys)
+
+        rows: dict[str, list[float]] = {}
+        features, predictions = self.extractor(images)
+        start = 0
+        for task in range(num_tasks):
+            part = slice(start, start := start + len(self.labels[task]))
+            real, real_predictions = self.real[task]
+            values = task_metrics(
+                features[part],
+                real,
+                self.extractor.name,
+                predictions and predictions[part],
+                real_predictions,
+                self.extractor.class_names,
+                labels[part],
+            )
+            for name, value in values.items():
+                rows.setdefault(name, []).append(value)
+
+        columns = min(GRID_COLUMNS, *counts.values())
+        first = [i for i, (_, _, index) in enumerate(keys) if index < columns]
+        row = {
+            "metrics": rows,
+            "class_accuracy": accuracy_by_class(predictions, labels) if predictions else None,
+            "num_images": [len(task) for task in self.labels[:num_tasks]],
+        }
+        return row, images[first[: MAX_GRID_ROWS * columns]]
+
+    def report(self, rows: list[dict]) -> dict:
+        """Returns what `metrics.json` says of the metric rows of the models so far."""
+        metrics = {
+            name: summarize([row["metrics"][name] for row in rows], name in HIGHER_IS_BETTER)
+            for name in rows[0]["metrics"]
+        }
+        return {
+            "feature_extractor": self.extractor.name,
+            "feature_extractor_info": self.extractor.info,
+            "num_images": [row["num_images"] for row in rows],
+            "floor": self.floor,
+            "metrics": metrics,
+            "class_accuracy": [row["class_accuracy"] for row in rows],
+        }
+
+
+def nearest_training_images(samples: torch.Tensor, columns: int, class_names: list[str], train: ImageSplit) -> torch.Tensor:
+    """
+    Returns, for a sample grid, rows of generated images and below each row the nearest training images of that class
+    (Euclidean distance of pixels): copies would show as equal pairs.
+
+    Args:
+        samples (`torch.Tensor` of shape `(classes * columns, channels, height, width)`): uint8.
+        columns (`int`), class_names (`list[str]`): of the rows.
+        train ([`ImageSplit`]): the real training split.
+    """
+    result = []
+    for row, name in zip(samples.split(columns), class_names, strict=False):
+        real = train.decode(train.rows_of([name]))
+        distances = torch.cdist(row.flatten(1).float(), real.flatten(1).float())
+        result += [row, real[distances.argmin(dim=1)]]
+    return torch.cat(result)
+
+
+def class_grid_columns(samples: torch.Tensor, num_classes: int) -> int:
+    """Returns how many images of a class stand in a grid of `num_classes` rows (100 at most)."""
+    return len(samples) // min(num_classes, MAX_GRID_ROWS)

@@ -1,0 +1,343 @@
+"""
+Elastic weight consolidation: quadratic penalties around the weights of finished tasks, diagonal and rank-1.
+
+```python
+penalty = Rank1EWC(ewc_lambda=15_000.0)
+loss = loss + penalty(unet)                  # 0 until a task has been consolidated
+penalty.consolidate(unet, losses, batches)   # after a task
+```
+
+or, decoupled from the optimizer: `penalty.step(unet, lr)` after `optimizer.step()`. `unet` is the unwrapped module.
+"""
+
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from .fisher import (
+    Losses,
+    Rank1Fisher,
+    Reduce,
+    _identity,
+    curvature_along,
+    diagonal_fisher,
+    mean_gradient,
+    rank1_fisher,
+    trainable_parameters,
+)
+
+
+WEIGHTS_NAME = "ewc.safetensors"
+
+
+def _check_lambda(ewc_lambda: float | str) -> float | str:
+    if ewc_lambda == "auto":
+        return ewc_lambda
+    if isinstance(ewc_lambda, str) or not 0 < ewc_lambda < float("inf"):
+        raise ValueError(f"ewc_lambda is {ewc_lambda!r}; allowed are positive numbers and 'auto'")
+    return float(ewc_lambda)
+
+
+class _Penalty:
+    """What both penalties share: naming by parameter, checking, and files without pickles."""
+
+    kind: str
+
+    def __init__(self, ewc_lambda: float | str = 15_000.0):
+        self.ewc_lambda = _check_lambda(ewc_lambda)
+        self.tensors: dict[str, dict[str, torch.Tensor]] = {}
+        self.statistics: dict[str, list[float]] = {}
+
+    @property
+    def num_tasks(self) -> int:
+        """Returns the number of consolidated tasks."""
+        return len(self.statistics.get("num_samples", []))
+
+    def _parameters(self, model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+        """The model's parameters, checked against the state, which is moved to their device."""
+        parameters = trainable_parameters(model)
+        for tensors in self.tensors.values():
+            if tensors.keys() != parameters.keys():
+                different = sorted(tensors.keys() ^ parameters.keys())
+                raise ValueError(f"{type(self).__name__}: state and model differ in the parameters {different[:3]}")
+            for name, parameter in parameters.items():
+                if tensors[name].shape[-parameter.dim() :] != parameter.shape:
+                    raise ValueError(
+                        f"{type(self).__name__}: {name} is {tuple(tensors[name].shape)} in the state,"
+                        f" {tuple(parameter.shape)} in the model"
+                    )
+                if tensors[name].device != parameter.device:
+                    tensors[name] = tensors[name].to(parameter.device)
+        return parameters
+
+    def _record(self, **statistics: float | None) -> None:
+        for name, value in statistics.items():
+            self.statistics.setdefault(name, []).append(float("nan") if value is None else float(value))
+
+    def summary(self) -> list[dict[str, float | None]]:
+        """Returns what was measured for every consolidated task, by name; `None` where it was not."""
+        return [
+            {name: None if values[task] != values[task] else values[task] for name, values in self.statistics.items()}
+            for task in range(self.num_tasks)
+        ]
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Returns the state: `<quantity>.<parameter name>` in float32, `statistics.<name>` in float64."""
+        state = {
+            f"{quantity}.{name}": tensor.contiguous()
+            for quantity, tensors in self.tensors.items()
+            for name, tensor in tensors.items()
+        }
+        for name, values in self.statistics.items():
+            state[f"statistics.{name}"] = torch.tensor(values, dtype=torch.float64)
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, torch.Tensor]) -> None:
+        """Replaces the state by one from [`state_dict`]. Names and shapes are checked at the next use with a model."""
+        self.tensors, self.statistics = {}, {}
+        for key, tensor in state_dict.items():
+            quantity, name = key.split(".", 1)
+            if quantity == "statistics":
+                self.statistics[name] = tensor.tolist()
+            else:
+                self.tensors.setdefault(quantity, {})[name] = tensor
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Writes `ewc.safetensors` into a folder."""
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        metadata = {"format": "pt", "penalty": self.kind, "ewc_lambda": str(self.ewc_lambda)}
+        save_file(self.state_dict(), Path(save_directory) / WEIGHTS_NAME, metadata=metadata)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_path: str | Path):
+        """
+        Returns the penalty that [`save_pretrained`] wrote.
+
+        Raises:
+            ValueError: when the file holds another kind of penalty.
+        """
+        with safe_open(Path(pretrained_model_path) / WEIGHTS_NAME, framework="pt") as file:
+            metadata = file.metadata() or {}
+            state_dict = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        if metadata.get("penalty") != cls.kind:
+            raise ValueError(f"{pretrained_model_path} holds the penalty {metadata.get('penalty')!r}, not {cls.kind!r}")
+        ewc_lambda = metadata["ewc_lambda"]
+        penalty = cls(ewc_lambda if ewc_lambda == "auto" else float(ewc_lambda))
+        penalty.load_state_dict(state_dict)
+        return penalty
+
+
+class _Rank1Quadratic(torch.autograd.Function):
+    """1/2 sum_k strength_k (v_k . theta - b_k)^2 with its gradient in closed form: no graph, no copy of theta."""
+
+    @staticmethod
+    def forward(ctx, strengths, offsets, directions, *parameters):
+        residuals = Rank1EWC._residuals(directions, parameters, offsets)
+        ctx.directions, ctx.coefficients = directions, strengths * residuals
+        return (0.5 * ctx.coefficients * residuals).sum().float()
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        coefficients = (ctx.coefficients * grad_output).float()
+        return None, None, None, *[torch.tensordot(coefficients, v, dims=1) for v in ctx.directions]
+
+
+class Rank1EWC(_Penalty):
+    """
+    EWC with a rank-1 Fisher per task (arXiv 2509.23593, Eq. 6), in normalised form:
+
+    `(ewc_lambda / 2) sum_k m_k (v_k . theta - b_k)^2`, `b_k = v_k . theta*_k`, equal to the paper's
+    `(ewc_lambda / 2) sum_k c*_k (mu_k . (theta - theta*_k))^2`. No copy of `theta*_k` is kept: a task costs one
+    parameter vector and a few scalars.
+
+    Args:
+        ewc_lambda (`float` or `"auto"`): the weight; the paper's is 15000. `auto` (not in the paper) takes the measured
+            curvature of the task's loss along v, clamped at 0, in place of `ewc_lambda * m`: the Laplace term itself.
+    """
+
+    kind = "rank1_ewc"
+
+    @staticmethod
+    def _residuals(directions, parameters, offsets) -> torch.Tensor:
+        """v_k . theta - b_k for all tasks: float32 products within a parameter, summed over parameters in float64."""
+        products = [v.flatten(1) @ p.detach().flatten() for v, p in zip(directions, parameters, strict=True)]
+        return torch.stack(products).double().sum(dim=0) - offsets
+
+    def _vector(self, name: str, device: torch.device) -> torch.Tensor:
+        return torch.tensor(self.statistics[name], dtype=torch.float64, device=device)
+
+    def strengths(self) -> list[float]:
+        """Returns the coefficient of every task's quadratic: `ewc_lambda * m_k`, or the curvature under `auto`."""
+        if self.ewc_lambda == "auto":
+            return [max(0.0, kappa) for kappa in self.statistics.get("curvature", [])]
+        return [self.ewc_lambda * m for m in self.statistics.get("second_moment", [])]
+
+    def __call__(self, model: torch.nn.Module) -> torch.Tensor:
+        """Returns the penalty, a scalar with a gradient; 0 until a task has been consolidated."""
+        parameters = self._parameters(model)
+        device = next(iter(parameters.values())).device
+        if self.num_tasks == 0:
+            return torch.zeros((), device=device)
+        directions = [self.tensors["direction"][name] for name in parameters]
+        strengths = torch.tensor(self.strengths(), dtype=torch.float64, device=device)
+        return _Rank1Quadratic.apply(strengths, self._vector("offset", device), directions, *parameters.values())
+
+    @torch.no_grad()
+    def step(self, model: torch.nn.Module, lr: float) -> None:
+        """
+        Takes the decoupled step: the exact minimiser of `|theta' - theta|^2 / 2 + lr * penalty(theta')`, in float64.
+
+        `theta <- theta - V^T (I + lr L V V^T)^-1 lr L (V theta - b)`, L the diagonal of [`strengths`]. Not the paper's
+        method: with Adam, a stiff penalty in the loss fills the second moments of every parameter and starves the new
+        task. For a large lr this is the projection onto the weights that move no anchor (related: OGD, arXiv
+        1910.07104).
+
+        Args:
+            model (`torch.nn.Module`): changed in place.
+            lr (`float`): the schedule's current learning rate.
+        """
+        parameters = self._parameters(model)
+        if self.num_tasks == 0:
+            return
+        device = next(iter(parameters.values())).device
+        directions = {name: self.tensors["direction"][name].flatten(1).double() for name in parameters}
+        residuals = sum(directions[name] @ p.flatten().double() for name, p in parameters.items())
+        residuals -= self._vector("offset", device)
+        gram = sum(v @ v.T for v in directions.values())
+        scale = lr * torch.tensor(self.strengths(), dtype=torch.float64, device=device)
+        identity = torch.eye(self.num_tasks, dtype=torch.float64, device=device)
+        solution = torch.linalg.solve(identity + scale[:, None] * gram, scale * residuals)
+        for name, parameter in parameters.items():
+            parameter.copy_(parameter.double() - (solution @ directions[name]).view_as(parameter))
+
+    def consolidate(
+        self,
+        model: torch.nn.Module,
+        losses: Losses,
+        batches,
+        reduce: Reduce = _identity,
+        diagnostics: bool = True,
+    ) -> Rank1Fisher:
+        """
+        Adds the finished task's term at the model's current weights.
+
+        Args:
+            model (`torch.nn.Module`): the unwrapped network.
+            losses: `losses(model, batch) -> (batch,)`, calling nothing but `model(...)`.
+            batches: re-iterable, the same tensors every time.
+            reduce: sums a tensor over processes.
+            diagnostics (`bool`): also measure trace and curvature (the curvature always under `auto`).
+
+        Returns:
+            [`Rank1Fisher`], the estimate that was added.
+        """
+        parameters = self._parameters(model)
+        fisher = rank1_fisher(
+            model,
+            losses,
+            batches,
+            diagnostics=diagnostics,
+            curvature=diagnostics or self.ewc_lambda == "auto",
+            reduce=reduce,
+        )
+        known = self.tensors.setdefault("direction", {})
+        offset = 0.0
+        for name, parameter in parameters.items():
+            v = fisher.direction[name]
+            offset += torch.dot(v.flatten().double(), parameter.detach().flatten().double()).item()
+            known[name] = torch.cat([known[name], v[None]]) if name in known else v[None]
+        trace = fisher.trace
+        self._record(
+            offset=offset,
+            second_moment=fisher.second_moment,
+            curvature=fisher.curvature,
+            curvature_check=fisher.curvature_check,
+            mean_gradient_norm=fisher.mean_gradient_norm,
+            num_samples=fisher.num_samples,
+            trace=trace,
+            trace_num_samples=fisher.trace_num_samples,
+            signal_ratio=None if trace is None else fisher.num_samples * fisher.mean_gradient_norm**2 / trace,
+            direction_share=None if trace is None else fisher.second_moment / trace,
+        )
+        return fisher
+
+
+class DiagonalEWC(_Penalty):
+    """
+    EWC with a diagonal empirical Fisher (Kirkpatrick et al., arXiv 1612.00796; arXiv 2509.23593, Eq. 1).
+
+    The sum over tasks is kept collapsed and centred, `(ewc_lambda / 2) (sum_j A_j (theta_j - M_j)^2 + C)`: two
+    parameter vectors however many tasks there were, and exactly 0 with zero gradient at the first anchor.
+
+    Args:
+        ewc_lambda (`float` or `"auto"`): the weight; the paper's is 15000. `auto` (not in the paper) scales every
+            task's Fisher so that its curvature along the mean gradient v is the measured one: `kappa / (v^T F v)`.
+    """
+
+    kind = "ewc"
+
+    def _weight(self) -> float:
+        return 1.0 if self.ewc_lambda == "auto" else self.ewc_lambda
+
+    def __call__(self, model: torch.nn.Module) -> torch.Tensor:
+        """Returns the penalty, a scalar with a gradient; 0 until a task has been consolidated."""
+        parameters = self._parameters(model)
+        if self.num_tasks == 0:
+            return torch.zeros((), device=next(iter(parameters.values())).device)
+        weighted, anchor = self.tensors["fisher"], self.tensors["anchor"]
+        total = sum((weighted[name] * (p - anchor[name]).square()).sum() for name, p in parameters.items())
+        return 0.5 * self._weight() * (total + self.statistics["constant"][-1])
+
+    @torch.no_grad()
+    def step(self, model: torch.nn.Module, lr: float) -> None:
+        """
+        Takes the decoupled step, element by element: `theta <- M + (theta - M) / (1 + lr ewc_lambda A)`, the minimiser
+        of `|theta' - theta|^2 / 2 + lr * penalty(theta')`. Not the paper's method; see [`Rank1EWC.step`].
+        """
+        parameters = self._parameters(model)
+        if self.num_tasks == 0:
+            return
+        for name, parameter in parameters.items():
+            weighted, anchor = self.tensors["fisher"][name].double(), self.tensors["anchor"][name].double()
+            parameter.copy_(anchor + (parameter - anchor) / (1 + lr * self._weight() * weighted))
+
+    def consolidate(
+        self,
+        model: torch.nn.Module,
+        losses: Losses,
+        batches,
+        reduce: Reduce = _identity,
+        diagnostics: bool = True,
+    ) -> dict[str, torch.Tensor]:
+        """
+        Adds the finished task's term at the model's current weights; arguments as [`Rank1EWC.consolidate`].
+
+        Returns:
+            `dict[str, torch.Tensor]`: the task's diagonal Fisher by parameter name (scaled, under `auto`).
+        """
+        parameters = self._parameters(model)
+        fisher, num_samples = diagonal_fisher(model, losses, batches, reduce=reduce)
+        curvature = None
+        if self.ewc_lambda == "auto":
+            mu, _, _ = mean_gradient(model, losses, batches, reduce)
+            norm = sum(tensor.square().sum() for tensor in mu.values()).sqrt()
+            direction = {name: (tensor / norm).float() for name, tensor in mu.items()}
+            curvature = curvature_along(model, losses, batches, direction, reduce=reduce)[0]
+            along = sum((fisher[name] * v.square()).sum(dtype=torch.float64) for name, v in direction.items()).item()
+            fisher = {name: tensor * (max(0.0, curvature) / along) for name, tensor in fisher.items()}
+        constant = self.statistics["constant"][-1] if self.num_tasks else 0.0
+        weighted, anchor = self.tensors.setdefault("fisher", {}), self.tensors.setdefault("anchor", {})
+        for name, parameter in parameters.items():
+            theta, new = parameter.detach().double(), fisher[name].double()
+            old = weighted[name].double() if name in weighted else torch.zeros_like(new)
+            mean = anchor[name].double() if name in anchor else theta
+            summed = old + new
+            share = torch.where(summed > 0, new / summed, torch.ones_like(summed))
+            constant += (old * share * (theta - mean).square()).sum().item()
+            # lerp returns its end point exactly, so that the first anchor is theta* to the bit.
+            weighted[name], anchor[name] = summed.float(), torch.lerp(mean, theta, share).float()
+        trace = sum(tensor.sum(dtype=torch.float64) for tensor in fisher.values()).item() if diagnostics else None
+        self._record(num_samples=num_samples, constant=constant, curvature=curvature, trace=trace)
+        return fisher

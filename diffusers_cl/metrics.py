@@ -1,0 +1,170 @@
+"""Distances between real and generated images, and what a stream of tasks makes of them."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from .randomness import permutation
+
+
+FLOOR_RESAMPLINGS = 20
+KLD_EPSILON = 1e-8
+
+
+def _statistics(features: torch.Tensor) -> dict:
+    from torch_fidelity.metric_fid import fid_features_to_statistics
+
+    return fid_features_to_statistics(features.double())
+
+
+def frechet_distance(generated: torch.Tensor, real: torch.Tensor) -> float:
+    """
+    Returns the Frechet distance of two sets of features (FID, on Inception's), by torch-fidelity.
+
+    Args:
+        generated, real (`torch.Tensor` of shape `(num_images, dimension)`): at least two images each.
+    """
+    from torch_fidelity.metric_fid import fid_statistics_to_metric
+
+    distance = fid_statistics_to_metric(_statistics(generated), _statistics(real), verbose=False)
+    return distance["frechet_inception_distance"]
+
+
+def kernel_distance(generated: torch.Tensor, real: torch.Tensor) -> float:
+    """Returns the unbiased kernel distance of two sets of features (KID, on Inception's), by torch-fidelity."""
+    from torch_fidelity.metric_kid import kid_features_to_metric
+
+    size = min(len(generated), len(real), 1000)
+    # With all images in the subset there is only one.
+    subsets = 1 if size == len(generated) == len(real) else 100
+    distance = kid_features_to_metric(generated, real, kid_subsets=subsets, kid_subset_size=size, verbose=False)
+    return distance["kernel_inception_distance_mean"]
+
+
+def recall(generated: torch.Tensor, real: torch.Tensor) -> float:
+    """
+    Returns the share of real images within the manifold of generated ones (Kynkaanniemi et al., arXiv 1904.06991), by
+    torch-fidelity: low for copies of a few images.
+    """
+    from torch_fidelity.metric_prc import prc_features_to_metric
+
+    # The neighbourhood cannot be larger than the set.
+    neighborhood = min(3, len(generated) - 1, len(real) - 1)
+    return prc_features_to_metric(generated, real, prc_neighborhood=neighborhood, verbose=False)["recall"]
+
+
+def kl_divergence(generated: Sequence[str], real: Sequence[str], class_names: Sequence[str]) -> float:
+    """
+    Returns KL(real || generated) over the classes that a classifier predicts, each probability + 1e-8 (Masip et al.,
+    arXiv 2311.14028).
+    """
+    p, q = (
+        np.array([np.mean([name == predicted for predicted in predictions]) for name in class_names]) + KLD_EPSILON
+        for predictions in (real, generated)
+    )
+    return float(np.sum(p * np.log(p / q)))
+
+
+def distance_names(extractor: str) -> tuple[str, str]:
+    """Returns what the two distances are called: FID and KID on Inception's features, by another name on any other."""
+    if extractor == "inception":
+        return "fid", "kid"
+    kind = "classifier" if extractor == "classifier" else "features"
+    return f"fd_{kind}", f"kd_{kind}"
+
+
+def task_metrics(
+    generated: torch.Tensor,
+    real: torch.Tensor,
+    extractor: str,
+    predictions: Sequence[str] | None = None,
+    real_predictions: Sequence[str] | None = None,
+    class_names: Sequence[str] | None = None,
+    labels: Sequence[str] | None = None,
+) -> dict[str, float]:
+    """
+    Returns every metric of one model on one task, by name.
+
+    Args:
+        generated, real (`torch.Tensor` of shape `(num_images, dimension)`): features.
+        extractor (`str`): names the distances.
+        predictions, real_predictions, class_names, labels: predicted classes of both sets, all classes, and the classes
+            that the generated images were asked to show; for accuracy and KLD, where the extractor classifies.
+    """
+    frechet, kernel = distance_names(extractor)
+    metrics = {
+        frechet: frechet_distance(generated, real),
+        kernel: kernel_distance(generated, real),
+        "recall": recall(generated, real),
+    }
+    if predictions is not None:
+        metrics["accuracy"] = float(np.mean([p == label for p, label in zip(predictions, labels, strict=True)]))
+        metrics["kld"] = kl_divergence(predictions, real_predictions, class_names)
+    return metrics
+
+
+def accuracy_by_class(predictions: Sequence[str], labels: Sequence[str]) -> dict[str, float]:
+    """Returns the share of images recognised as what they were asked to show, by class name."""
+    return {
+        name: float(np.mean([p == name for p, label in zip(predictions, labels, strict=True) if label == name]))
+        for name in dict.fromkeys(labels)
+    }
+
+
+def summarize(matrix: Sequence[Sequence[float]], higher_is_better: bool = False) -> dict:
+    """
+    Returns the task matrix with average, learning, forgetting and worst task (arXiv 2509.23593, Sec. 4.2).
+
+    `average[k]` is the mean of row k; `learning` the mean of the diagonal; `forgetting` the mean over all tasks of
+    R[last, j] - R[j, j], so that average = learning + forgetting. For a metric of which more is better, forgetting is
+    negative where the model forgot.
+
+    Args:
+        matrix: row k holds the metric on tasks 0 .. k after training task k. A single row of several entries is a
+            joint run: it has neither learning nor forgetting.
+        higher_is_better (`bool`): decides which end of the last row is the worst.
+    """
+    matrix = [list(row) for row in matrix]
+    last = matrix[-1]
+    joint = len(matrix) == 1 and len(last) > 1
+    diagonal = [row[-1] for row in matrix]
+    return {
+        "matrix": matrix,
+        "average": [float(np.mean(row)) for row in matrix],
+        "learning": None if joint else float(np.mean(diagonal)),
+        "forgetting": None if joint else float(np.mean([end - then for end, then in zip(last, diagonal, strict=True)])),
+        "worst": float(min(last) if higher_is_better else max(last)),
+    }
+
+
+def floor(real_features: Sequence[torch.Tensor], extractor: str, seed: int = 0) -> dict[str, dict]:
+    """
+    Returns, for both distances, what two disjoint halves of the real test images of a task are apart: a difference
+    below it is noise.
+
+    Args:
+        real_features (list of `torch.Tensor`): of every task.
+        extractor (`str`): names the distances.
+        seed (`int`): of the random halves.
+
+    Returns:
+        by metric: `mean` over tasks and resamplings, `std` (the spread over resamplings, averaged over tasks),
+        `num_images` in a half, `per_task` means.
+    """
+    result = {}
+    for name, distance in zip(distance_names(extractor), (frechet_distance, kernel_distance), strict=True):
+        values = []
+        for task, features in enumerate(real_features):
+            half = len(features) // 2
+            values.append([])
+            for resampling in range(FLOOR_RESAMPLINGS):
+                order = permutation(len(features), seed, "floor", task, resampling)
+                values[-1].append(distance(features[order[:half]], features[order[half : 2 * half]]))
+        result[name] = {
+            "mean": float(np.mean(values)),
+            "std": float(np.mean(np.std(values, axis=1))),
+            "num_images": [len(features) // 2 for features in real_features],
+            "per_task": [float(np.mean(row)) for row in values],
+        }
+    return result

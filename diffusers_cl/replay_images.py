@@ -1,0 +1,91 @@
+"""Generating the replayed images before a task, and keeping them in a file that a run can go on from."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from .checkpoint import publish_folder, verify_folder
+from .errors import CheckpointError
+
+
+IMAGES_NAME = "images.safetensors"
+# Images stay on the training device if they take at most this share of what is free there.
+SHARE_OF_FREE_MEMORY = 0.25
+
+
+def _free_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def load_replay_images(folder: Path, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Returns the images (uint8) and class ids of a replay folder: on the device if they fit, else memory-mapped.
+    """
+    tensors = load_file(folder / IMAGES_NAME)
+    images, class_labels = tensors["images"], tensors["class_labels"]
+    if images.numel() <= SHARE_OF_FREE_MEMORY * _free_memory(device):
+        return images.to(device, copy=True), class_labels.to(device)
+    return images, class_labels
+
+
+def replay_images_for_task(
+    output_dir: Path,
+    task: int,
+    classes_of_tasks: list[list[int]],
+    images_per_class: int,
+    refresh: str,
+    sample: Callable[[list[int], list[tuple]], torch.Tensor],
+    device: torch.device,
+    is_main_process: bool,
+    wait_for_everyone: Callable[[], None],
+    warn: Callable[[str], None],
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """
+    Returns the replayed images and class ids for a task, and how many images were generated for it now.
+
+    Args:
+        output_dir (`Path`): the run's; images are kept in `replay/task-<task>`, and the task before's are deleted once
+            these are published.
+        task (`int`): the task that is about to be trained, from 1.
+        classes_of_tasks (`list[list[int]]`): class ids by task.
+        images_per_class (`int`).
+        refresh (`str`): `latest` generates every earlier class anew; `once` only those of the task before, and keeps
+            the others as they were (generation over T tasks costs O(T) instead of O(T^2)).
+        sample: maps class ids and noise keys to uint8 images, on every process; uses the newest teacher.
+        device (`torch.device`): the training device.
+        is_main_process, wait_for_everyone, warn: of the run.
+    """
+    folder = output_dir / "replay" / f"task-{task:02d}"
+    previous = output_dir / "replay" / f"task-{task - 1:02d}"
+    generated = 0
+    if folder.exists():
+        try:
+            verify_folder(folder)
+            return *load_replay_images(folder, device), 0
+        except CheckpointError as error:
+            warn(f"Generating replay again: {error}")
+    keep = refresh == "once" and task > 1
+    new_classes = classes_of_tasks[task - 1] if keep else [c for classes in classes_of_tasks[:task] for c in classes]
+    labels = [c for c in new_classes for _ in range(images_per_class)]
+    keys = [("replay", task, c, index) for c in new_classes for index in range(images_per_class)]
+    images, class_labels = sample(labels, keys), torch.tensor(labels)
+    generated = len(labels)
+    if keep:
+        verify_folder(previous)
+        kept = load_file(previous / IMAGES_NAME)
+        images = torch.cat([kept["images"], images])
+        class_labels = torch.cat([kept["class_labels"], class_labels])
+    if is_main_process:
+        tensors = {"images": images, "class_labels": class_labels}
+        publish_folder(folder, lambda partial: save_file(tensors, partial / IMAGES_NAME))
+    wait_for_everyone()
+    loaded = load_replay_images(folder, device)
+    if is_main_process:
+        shutil.rmtree(previous, ignore_errors=True)
+    return *loaded, generated

@@ -1,0 +1,144 @@
+"""
+Samples a trained model: one PNG an image and a grid with one row a class.
+
+    python scripts/sample.py --model runs/digits/task-04 --classes 3 7 --num_images 10 --output_dir samples
+
+An image is a function of the model, the seed, its class and its index; another `--batch_size` or another choice of
+classes changes it by float rounding at most.
+"""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+import torch
+from diffusers.utils import make_image_grid
+from PIL import Image
+from tqdm.auto import tqdm
+
+from diffusers_cl.errors import CheckpointError, ConfigError, RunError
+from diffusers_cl.pipeline import ClassConditionalPipeline
+from diffusers_cl.randomness import generator
+
+
+# Pixels: in the grid, images smaller than this are enlarged by a whole number, so that 8x8 digits are legible.
+MIN_GRID_IMAGE_SIZE = 64
+
+
+def positive_int(text: str) -> int:
+    """Returns a command line value that must be 1 or more."""
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Returns the options, from the command line by default."""
+    parser = argparse.ArgumentParser(description="Samples images of given classes from a trained model.")
+    parser.add_argument("--model", required=True, help="A task folder of a run (`runs/digits/task-04`) or a Hub repo.")
+    parser.add_argument(
+        "--classes",
+        nargs="+",
+        default=None,
+        help="Names or ids; a number that is also a name is taken as the name. Default: every class the model knows.",
+    )
+    parser.add_argument("--num_images", type=positive_int, default=10, help="Images a class.")
+    parser.add_argument("--output_dir", type=Path, default=Path("samples"), help="Gets grid.png and the images.")
+    parser.add_argument("--num_inference_steps", type=positive_int, default=50, help="Denoising steps.")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch_size", type=positive_int, default=64, help="Images in one forward pass.")
+    parser.add_argument("--device", default=None, help="Default: the accelerator where there is one, else the CPU.")
+    return parser.parse_args(argv)
+
+
+def first_line(error: Exception) -> str:
+    """Returns the part of a library's error message that fits on one line."""
+    return str(error).partition("\n")[0]
+
+
+def load_pipeline(model: str, device: str | None) -> ClassConditionalPipeline:
+    """Returns the pipeline of a task folder or Hub repo, on its device. No code from the folder or repo is run."""
+    if Path(model, "task-00").is_dir():
+        tasks = ", ".join(str(path) for path in sorted(Path(model).glob("task-*")))
+        raise ConfigError(f"--model {model} is the folder of a run, pass one of its tasks: {tasks}")
+    try:
+        pipeline = ClassConditionalPipeline.from_pretrained(model, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"--model {model} cannot be loaded: {first_line(error)}") from error
+    # diffusers only warns of tensors that are not in the file, and leaves them without data.
+    if missing := [name for name, parameter in pipeline.unet.named_parameters() if parameter.is_meta]:
+        raise CheckpointError(f"--model {model} lacks weights: {', '.join(missing)}")
+    if device is None:
+        device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    try:
+        return pipeline.to(torch.device(device))
+    except (AssertionError, RuntimeError) as error:
+        raise ConfigError(f"--device {device} cannot be used: {first_line(error)}") from error
+
+
+def file_name(class_name: str, index: int) -> str:
+    """Returns the name of an image's file; what cannot stand in one is written as %XX."""
+    return re.sub(r'[%/\\:*?"<>|\x00-\x1f]', lambda match: f"%{ord(match[0]):02X}", f"{class_name}-{index:03d}.png")
+
+
+def sample(args: argparse.Namespace) -> Path:
+    """
+    Samples and saves what `args` asks for.
+
+    Returns:
+        `Path`: the grid's file.
+
+    Raises:
+        CheckpointError: for a model that cannot be loaded.
+        ConfigError: for classes that the model does not know (with those that it does), more steps than it was trained
+            with, and a device that is not there.
+    """
+    pipeline = load_pipeline(args.model, args.device)
+    known = pipeline.known_classes
+    names = list(known.values())
+    # A number that is no name is an id.
+    labels = [int(label) if label.isdecimal() and label not in names else label for label in args.classes or names]
+    try:
+        class_ids = list(dict.fromkeys(pipeline.get_label_ids(labels)))
+    except ValueError as error:
+        raise ConfigError(f"--classes: {error}") from error
+    num_train_timesteps = pipeline.scheduler.config.num_train_timesteps
+    if args.num_inference_steps > num_train_timesteps:
+        raise ConfigError(f"--num_inference_steps {args.num_inference_steps}: the model has {num_train_timesteps}")
+
+    pipeline.set_progress_bar_config(disable=True)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    rows = [(class_id, index) for class_id in class_ids for index in range(args.num_images)]
+    images = []
+    for start in tqdm(range(0, len(rows), args.batch_size), desc="Sampling"):
+        batch = rows[start : start + args.batch_size]
+        images += pipeline(
+            class_labels=[class_id for class_id, _ in batch],
+            generator=[generator(args.seed, "eval", class_id, index) for class_id, index in batch],
+            num_inference_steps=args.num_inference_steps,
+        ).images
+    for (class_id, index), image in zip(rows, images, strict=True):
+        image.save(args.output_dir / file_name(known[class_id], index))
+
+    scale = -(-MIN_GRID_IMAGE_SIZE // min(images[0].size))
+    size = (images[0].width * scale, images[0].height * scale)
+    enlarged = [image.resize(size, Image.Resampling.NEAREST) for image in images]
+    grid_file = args.output_dir / "grid.png"
+    make_image_grid(enlarged, rows=len(class_ids), cols=args.num_images).save(grid_file)
+    print(f"{grid_file}: rows are " + ", ".join(known[class_id] for class_id in class_ids))
+    return grid_file
+
+
+def main() -> None:
+    """Runs the script; what the user can mend ends it with one line and the fault's exit code."""
+    try:
+        sample(parse_args())
+    except RunError as error:
+        print(f"sample.py: error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,586 @@
+"""
+Trains a class-conditional diffusion model on a stream of class sets.
+
+    accelerate launch train_continual.py --config configs/digits.yaml [--config configs/methods/ewc.yaml] [--any_key value]
+
+The order is that of diffusers' `examples/unconditional_image_generation/train_unconditional.py`, inside a loop over tasks.
+"""
+
+import contextlib
+import copy
+import json
+import logging
+import math
+import os
+import platform
+import resource
+import shlex
+import shutil
+import sys
+import time
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+
+import accelerate
+import datasets
+import torch
+import yaml
+from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.logging import get_logger
+from accelerate.utils import ProjectConfiguration
+from safetensors.torch import load_file
+from tqdm.auto import tqdm
+
+import diffusers
+from diffusers import DDIMScheduler
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+from diffusers_cl import DiagonalEWC, GenerativeDistillation, GenerativeReplay, Rank1EWC, __version__
+from diffusers_cl.checkpoint import load_checkpoint, newest_checkpoint, read_state, save_checkpoint, write_json
+from diffusers_cl.config import NUM_TRAIN_TIMESTEPS, OPERATIONAL_KEYS, TrainingConfig, parse_config, to_yaml
+from diffusers_cl.draws import FisherBatches
+from diffusers_cl.errors import CheckpointError, ConfigError, NonFiniteError, RunError
+from diffusers_cl.evaluation import Evaluation, class_grid_columns, image_grid, nearest_training_images
+from diffusers_cl.features import resolve_feature_extractor
+from diffusers_cl.hub import CONSOLIDATION, finished_tasks, task_folder, write_task_folder
+from diffusers_cl.losses import denoising_losses, training_target
+from diffusers_cl.models import create_unet, load_unet_config
+from diffusers_cl.pipeline import ClassConditionalPipeline, from_uint8
+from diffusers_cl.randomness import derive_seed
+from diffusers_cl.replay import replay_weights
+from diffusers_cl.replay_images import replay_images_for_task
+from diffusers_cl.report import key_table, write_report
+from diffusers_cl.sampling import sample_images
+from diffusers_cl.tasks import StepBatches, TaskImages, keep_batch, load_splits, resolve_tasks
+
+
+logger = get_logger(__name__, log_level="INFO")
+
+REPLAYS = {
+    "none": None,
+    "generative_replay": GenerativeReplay,
+    "generative_distillation": GenerativeDistillation,
+}
+PENALTIES = {"none": None, "ewc": DiagonalEWC, "rank1_ewc": Rank1EWC}
+
+
+def check_output_dir(config: TrainingConfig) -> None:
+    """Raises `ConfigError` unless the folder is empty, holds this very run, or may be overwritten."""
+    output_dir = Path(config.output_dir)
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ConfigError(f"output_dir: {output_dir} is not a folder")
+    if not output_dir.exists() or not any(output_dir.iterdir()):
+        return
+    try:
+        found = yaml.safe_load((output_dir / "config.yaml").read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"output_dir: {output_dir} holds files that are not a run's; allowed: a new folder") from error
+    if config.overwrite_output_dir:
+        return
+    for key, value in asdict(config).items():
+        if key not in OPERATIONAL_KEYS and found.get(key) != value:
+            raise ConfigError(
+                f"output_dir: {output_dir} holds a run with {key} = {found.get(key)!r}, this one has {value!r}."
+                " Give another output_dir, or overwrite_output_dir to start over"
+            )
+
+
+class RunRecord:
+    """What `run.json` says: seconds by phase, images, versions, device; it adds up over restarts."""
+
+    def __init__(self, output_dir: Path, accelerator: Accelerator):
+        self.file, self.accelerator = output_dir / "run.json", accelerator
+        before = json.loads(self.file.read_text()) if self.file.exists() else {}
+        self.content = {
+            "seconds": before.get("seconds", {}),
+            "images": before.get("images", {"trained": 0, "replayed": 0, "generated": 0}),
+            "peak_memory_gib": before.get("peak_memory_gib", 0.0),
+            "device": str(accelerator.device)
+            + (f" ({torch.cuda.get_device_name()})" if accelerator.device.type == "cuda" else ""),
+            "processes": accelerator.num_processes,
+            "threads": torch.get_num_threads(),
+            "host": platform.machine() + " " + platform.system(),
+            "restarts": before["restarts"] + 1 if before else 0,
+            "versions": {
+                "python": platform.python_version(),
+                **{m.__name__: m.__version__ for m in (torch, diffusers, accelerate, datasets)},
+                "diffusers_cl": __version__,
+            },
+        }
+
+    @contextlib.contextmanager
+    def phase(self, name: str):
+        """Adds the seconds that the block takes to a phase."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds = self.content["seconds"]
+            elapsed = time.perf_counter() - start
+            seconds[name] = seconds.get(name, 0.0) + elapsed
+            seconds["total"] = seconds.get("total", 0.0) + elapsed
+
+    def write(self) -> None:
+        """Writes `run.json`, on the main process."""
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        if self.accelerator.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated() / 2**30
+        self.content["peak_memory_gib"] = max(self.content["peak_memory_gib"], peak)
+        if self.accelerator.is_main_process:
+            write_json(self.file, self.content)
+
+
+def main(config: TrainingConfig) -> None:
+    """Runs the stream that a configuration describes, from where the run in `output_dir` stands."""
+    output_dir = Path(config.output_dir)
+    check_output_dir(config)
+    unet_config = load_unet_config(config)
+
+    # `accelerate launch` sets one thread on CPU.
+    num_local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    torch.set_num_threads(config.num_threads or max(1, len(os.sched_getaffinity(0)) // num_local_processes))
+
+    accelerator = Accelerator(
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        mixed_precision=config.mixed_precision,
+        log_with=None if config.report_to == "none" else config.report_to,
+        project_config=ProjectConfiguration(project_dir=output_dir, logging_dir=output_dir / config.logging_dir),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=7200))],
+    )
+    device = accelerator.device
+    quiet = not accelerator.is_local_main_process
+
+    logging.basicConfig(
+        format="%(asctime)s - %(levelname)s - %(name)s - %(message)s",
+        datefmt="%m/%d/%Y %H:%M:%S",
+        level=logging.INFO,
+    )
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    logger.info(accelerator.state, main_process_only=False)
+    if accelerator.is_local_main_process:
+        datasets.utils.logging.set_verbosity_warning()
+        diffusers.utils.logging.set_verbosity_warning()
+    else:
+        datasets.utils.logging.set_verbosity_error()
+        diffusers.utils.logging.set_verbosity_error()
+    if quiet:
+        datasets.disable_progress_bars()
+
+    precision = "tf32" if config.allow_tf32 else "ieee"
+    torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = precision
+
+    # Get the datasets, and the classes of every task. A class keeps the id of its place in the stream.
+    with accelerator.local_main_process_first():
+        train_split, test_split = load_splits(config)
+        tasks = resolve_tasks(config, train_split, test_split)
+    class_names = [name for names in tasks for name in names]
+    class_ids = {name: class_id for class_id, name in enumerate(class_names)}
+    # One training phase a task; a joint run has one for all of them.
+    if config.stream == "joint":
+        phases, num_tasks_seen = [class_names], [len(tasks)]
+    else:
+        phases, num_tasks_seen = tasks, list(range(1, len(tasks) + 1))
+    if config.stream == "cumulative":
+        phases = [[name for names in tasks[: task + 1] for name in names] for task in range(len(tasks))]
+
+    # The extractor is there before training starts, or the run stops here.
+    with accelerator.local_main_process_first():
+        extractor = resolve_feature_extractor(config, train_split, class_names, device, quiet)
+    evaluation = Evaluation(test_split, tasks, class_ids, extractor, config)
+
+    # Initialize the model and the noise scheduler
+    unet = create_unet(unet_config, train_split.channels, class_names, config).to(device)
+    noise_scheduler = DDIMScheduler(num_train_timesteps=NUM_TRAIN_TIMESTEPS, prediction_type=config.prediction_type)
+    replay = REPLAYS[config.replay] and REPLAYS[config.replay]()
+    penalty = PENALTIES[config.penalty] and PENALTIES[config.penalty](config.ewc_lambda)
+
+    # Handle the output folder
+    if accelerator.is_main_process:
+        if config.overwrite_output_dir and output_dir.exists():
+            shutil.rmtree(output_dir)
+        (output_dir / "logs").mkdir(parents=True, exist_ok=True)
+        (output_dir / "samples").mkdir(exist_ok=True)
+        if not (output_dir / "config.yaml").exists():
+            (output_dir / "config.yaml").write_text(to_yaml(config))
+    accelerator.wait_for_everyone()
+
+    # Potentially go on from a previous run: after its last finished task, or within a task from a checkpoint.
+    states = finished_tasks(output_dir)
+    checkpoint = None
+    if config.resume_from_checkpoint is not None:
+        checkpoint = Path(config.resume_from_checkpoint), read_state(config.resume_from_checkpoint)
+        if checkpoint[1]["task"] > len(states):
+            raise CheckpointError(f"{checkpoint[0]} is of task {checkpoint[1]['task']}, whose teacher is not in {output_dir}")
+        states = states[: checkpoint[1]["task"]]
+    elif len(states) < len(phases):
+        checkpoint = newest_checkpoint(output_dir, len(states), logger.warning)
+    first_task = len(states)
+    rows = states[-1]["rows"] if states else []
+    global_step = states[-1]["global_step"] if states else 0
+    if states:
+        previous = task_folder(output_dir, first_task - 1)
+        unet.load_state_dict(load_file(previous / "unet" / SAFETENSORS_WEIGHTS_NAME))
+        if penalty is not None:
+            penalty = type(penalty).from_pretrained(previous / CONSOLIDATION)
+        logger.info(f"Going on after {previous}")
+    if first_task == len(phases):
+        accelerator.print(f"{output_dir} is finished. The report is {output_dir / 'report.md'}")
+        return
+
+    record = RunRecord(output_dir, accelerator)
+    if accelerator.is_main_process:
+        scalars = {key: value for key, value in asdict(config).items() if isinstance(value, (int, float, str, bool))}
+        accelerator.init_trackers("train_continual", config=scalars)
+        train_log = open(output_dir / "logs" / "train_log.jsonl", "a", buffering=1)  # noqa: SIM115 (closed at the end)
+
+    def sample(unet, task, seen, labels, keys, num_inference_steps, batch_size, description):
+        """Samples uint8 images from a network, shared out over the processes."""
+        record.content["images"]["generated"] += len(labels)
+        return sample_images(
+            ClassConditionalPipeline(unet, noise_scheduler, id2label={class_ids[name]: name for name in seen}),
+            labels,
+            keys,
+            config.seed,
+            num_inference_steps=num_inference_steps,
+            batch_size=batch_size,
+            process_index=accelerator.process_index,
+            num_processes=accelerator.num_processes,
+            gather=accelerator.gather if accelerator.num_processes > 1 else None,
+            description=f"Task {task}: {description}",
+            disable_progress_bar=quiet,
+        )
+
+    for task in range(first_task, len(phases)):
+        seen = [name for names in tasks[: num_tasks_seen[task]] for name in names]
+
+        # The model of the previous task is the teacher, and generates what is replayed.
+        if replay is not None and task > 0:
+            with record.phase("replay"):
+                teacher = copy.deepcopy(unet).eval().requires_grad_(False)
+                images, class_labels, num_generated = replay_images_for_task(
+                    output_dir,
+                    task,
+                    [[class_ids[name] for name in names] for names in tasks],
+                    config.replay_images_per_class,
+                    config.replay_refresh,
+                    lambda labels, keys, teacher=teacher, task=task: sample(
+                        teacher,
+                        task,
+                        class_names,
+                        labels,
+                        keys,
+                        config.replay_num_inference_steps,
+                        config.replay_batch_size,
+                        "generating replay",
+                    ),
+                    device,
+                    accelerator.is_main_process,
+                    accelerator.wait_for_everyone,
+                    logger.warning,
+                )
+                replay.update(images, class_labels, teacher)
+        w_new, w_old = replay_weights(config.replay_weighting, task if replay else 0, config.distillation_weight)
+
+        # Length of the task, in optimizer steps
+        task_rows = train_split.select(train_split.rows_of(phases[task]))
+        batches_per_epoch = math.ceil(len(task_rows.labels) / (config.train_batch_size * accelerator.num_processes))
+        max_train_steps = math.ceil(batches_per_epoch * config.num_train_epochs / config.gradient_accumulation_steps)
+        if config.max_train_steps is not None:
+            covered = range(len(tasks)) if config.stream == "joint" else [task]
+            max_train_steps = sum(config.num_steps_for_task(t) for t in covered)
+        step_before_task = global_step
+
+        # Initialize the optimizer and the learning rate scheduler, anew for every task
+        optimizer = torch.optim.AdamW(
+            unet.parameters(),
+            lr=config.learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            weight_decay=config.adam_weight_decay,
+            eps=config.adam_epsilon,
+        )
+        lr_scheduler = get_scheduler(
+            config.lr_scheduler,
+            optimizer=optimizer,
+            num_warmup_steps=config.lr_warmup_steps,
+            num_training_steps=max_train_steps,
+        )
+        ema_model = None
+        if config.use_ema:
+            ema_model = EMAModel(
+                unet.parameters(),
+                decay=config.ema_max_decay,
+                use_ema_warmup=True,
+                inv_gamma=config.ema_inv_gamma,
+                power=config.ema_power,
+            )
+            ema_model.to(device)
+
+        if checkpoint is not None:
+            path, state = checkpoint
+            load_checkpoint(path, unet, optimizer, ema_model)
+            lr_scheduler.load_state_dict(state["lr_scheduler"])
+            for group, lr in zip(optimizer.param_groups, lr_scheduler.get_last_lr(), strict=True):
+                group["lr"] = lr
+            if accelerator.scaler is not None:
+                accelerator.scaler.load_state_dict(state["scaler"])
+            global_step = state["step"]
+            logger.info(f"Resuming from {path}")
+            checkpoint = None
+
+        # Prepare everything with our `accelerator`. The schedule counts optimizer steps, so it is stepped by the loop.
+        model, prepared_optimizer = accelerator.prepare(unet, optimizer)
+        first_micro_step = (global_step - step_before_task) * config.gradient_accumulation_steps
+        train_dataloader = torch.utils.data.DataLoader(
+            TaskImages(task_rows, class_ids, (config.seed, "flip", task) if config.random_flip else None),
+            batch_sampler=StepBatches(
+                len(task_rows.labels),
+                config.train_batch_size,
+                max_train_steps * config.gradient_accumulation_steps,
+                config.seed,
+                task,
+                first_micro_step,
+                accelerator.process_index,
+                accelerator.num_processes,
+            ),
+            collate_fn=keep_batch,
+            num_workers=config.dataloader_num_workers,
+        )
+
+        logger.info(f"***** Running training, task {task} of {len(phases)}: {', '.join(phases[task][:20])} *****")
+        logger.info(f"  Num examples = {len(task_rows.labels)}")
+        logger.info(f"  Num replayed examples = {len(replay) if replay else 0}")
+        logger.info(f"  Instantaneous batch size per device = {config.train_batch_size} (replay doubles it)")
+        logger.info(
+            "  Total train batch size (w. parallel, distributed & accumulation) ="
+            f" {config.train_batch_size * accelerator.num_processes * config.gradient_accumulation_steps}"
+        )
+        logger.info(f"  Gradient Accumulation steps = {config.gradient_accumulation_steps}")
+        logger.info(f"  Optimization steps of this task = {max_train_steps}")
+
+        progress_bar = tqdm(
+            total=max_train_steps, initial=global_step - step_before_task, desc=f"Task {task}: training", disable=quiet
+        )
+        with record.phase("train"):
+            model.train()
+            parts = torch.zeros(4, device=device)
+            for micro_step, (images, class_labels) in enumerate(train_dataloader, start=first_micro_step):
+                # Every draw below is a function of the seed and the step alone, so there is no state to save.
+                torch.manual_seed(
+                    derive_seed(
+                        config.seed,
+                        "train",
+                        task,
+                        *divmod(micro_step, config.gradient_accumulation_steps),
+                        accelerator.process_index,
+                    )
+                )
+                images, class_labels = images.to(device), class_labels.to(device)
+                num_new = len(images)
+                if replay:
+                    replayed_images, replayed_labels = replay.sample(num_new)
+                    images = torch.cat([images, replayed_images.to(device)])
+                    class_labels = torch.cat([class_labels, replayed_labels.to(device)])
+                clean_images = from_uint8(images)
+
+                # Sample noise that we'll add to the images, and a random timestep for each image
+                noise = torch.randn(clean_images.shape, device=device)
+                timesteps = torch.randint(0, NUM_TRAIN_TIMESTEPS, (len(clean_images),), device=device)
+                # Add noise to the clean images according to the noise magnitude at each timestep
+                # (this is the forward diffusion process)
+                noisy_images = noise_scheduler.add_noise(clean_images, noise, timesteps)
+
+                target = training_target(noise_scheduler, clean_images, noise, timesteps)
+                if replay:
+                    old = slice(num_new, None)
+                    with accelerator.autocast():
+                        replayed_target = replay.target(noisy_images[old], timesteps[old], class_labels[old], target[old])
+                    target = torch.cat([target[:num_new], replayed_target.to(target.dtype)])
+
+                with accelerator.accumulate(model):
+                    losses = denoising_losses(model, noisy_images, timesteps, class_labels, target)
+                    loss_new = losses[:num_new].mean()
+                    loss_old = losses[num_new:].mean() if replay else torch.zeros_like(loss_new)
+                    loss = w_new * loss_new + w_old * loss_old
+                    penalty_value = torch.zeros_like(loss_new)
+                    if penalty is not None and config.penalty_mode == "loss":
+                        penalty_value = penalty(unet)
+                        loss = loss + penalty_value
+                    accelerator.backward(loss)
+                    parts += torch.stack([loss, loss_new, loss_old, penalty_value]).detach()
+
+                    if accelerator.sync_gradients:
+                        # Without a limit this only measures the norm.
+                        grad_norm = accelerator.clip_grad_norm_(unet.parameters(), config.max_grad_norm or math.inf)
+                        parts = accelerator.reduce(parts, reduction="mean") / config.gradient_accumulation_steps
+                        # The one wait for the device in a step, before the weights change.
+                        *values, grad_norm = torch.cat([parts, grad_norm.reshape(1)]).tolist()
+                        # With fp16 an infinite gradient is the gradient scaler's business.
+                        checked = values if accelerator.mixed_precision == "fp16" else [*values, grad_norm]
+                        if not all(map(math.isfinite, checked)):
+                            raise NonFiniteError(
+                                f"task {task}, step {global_step}: loss {values[0]}, gradient norm {grad_norm}; nothing was"
+                                " updated, the last checkpoint is kept"
+                            )
+                    prepared_optimizer.step()
+                    prepared_optimizer.zero_grad()
+
+                # Checks if the accelerator has performed an optimization step behind the scenes
+                if accelerator.sync_gradients:
+                    lr = lr_scheduler.get_last_lr()[0]
+                    if penalty is not None and config.penalty_mode == "decoupled":
+                        penalty.step(unet, lr)
+                    lr_scheduler.step()
+                    if ema_model is not None:
+                        ema_model.step(unet.parameters())
+                    progress_bar.update(1)
+                    global_step += 1
+                    record.content["images"]["trained"] += num_new * config.gradient_accumulation_steps
+                    record.content["images"]["replayed"] += (len(images) - num_new) * config.gradient_accumulation_steps
+
+                    logs = {"loss": values[0], "loss_new": values[1], "grad_norm": grad_norm, "lr": lr}
+                    if replay:
+                        logs["loss_replay"] = values[2]
+                    if penalty is not None and config.penalty_mode == "loss":
+                        logs["penalty"] = values[3]
+                    if ema_model is not None:
+                        logs["ema_decay"] = ema_model.cur_decay_value
+                    parts = torch.zeros_like(parts)
+                    progress_bar.set_postfix(loss=f"{values[0]:.4f}", lr=lr, refresh=False)
+                    accelerator.log(logs, step=global_step)
+                    if accelerator.is_main_process:
+                        train_log.write(json.dumps({"step": global_step, "task": task, **logs}) + "\n")
+
+                    task_ends = global_step - step_before_task == max_train_steps
+                    if accelerator.is_main_process and (task_ends or global_step % config.checkpointing_steps == 0):
+                        state = {
+                            "task": task,
+                            "lr_scheduler": lr_scheduler.state_dict(),
+                            "scaler": accelerator.scaler and accelerator.scaler.state_dict(),
+                            "num_processes": accelerator.num_processes,
+                            "threads": torch.get_num_threads(),
+                            "versions": record.content["versions"],
+                        }
+                        path = save_checkpoint(
+                            output_dir, global_step, unet, optimizer, state, ema_model, config.checkpoints_total_limit
+                        )
+                        logger.info(f"Saved state to {path}")
+        progress_bar.close()
+
+        accelerator.wait_for_everyone()
+        if ema_model is not None:
+            ema_model.copy_to(unet.parameters())
+        # Fisher, teacher, evaluation and publishing all see the network without the mixed-precision wrapper.
+        unet = accelerator.unwrap_model(model, keep_fp32_wrapper=False).eval()
+        del model, prepared_optimizer, optimizer, lr_scheduler, ema_model
+        accelerator.free_memory()
+
+        if penalty is not None:
+            with record.phase("fisher"):
+                logger.info(f"Task {task}: estimating the Fisher")
+                batches = FisherBatches(
+                    TaskImages(task_rows, class_ids),
+                    noise_scheduler,
+                    config.fisher_samples,
+                    tuple(config.fisher_timesteps),
+                    config.train_batch_size,
+                    config.seed,
+                    task,
+                    device,
+                    accelerator.process_index,
+                    accelerator.num_processes,
+                )
+                try:
+                    penalty.consolidate(
+                        unet,
+                        lambda model, batch: denoising_losses(model, *batch),
+                        batches,
+                        reduce=lambda tensor: accelerator.reduce(tensor, reduction="sum"),
+                        diagnostics=config.fisher_diagnostics,
+                    )
+                except FloatingPointError as error:
+                    raise NonFiniteError(f"task {task}: {error}") from error
+
+        with record.phase("evaluate"):
+            row, first_images = evaluation(
+                lambda labels, keys, task=task, seen=seen: sample(
+                    unet, task, seen, labels, keys, config.eval_num_inference_steps, config.eval_batch_size, "evaluating"
+                ),
+                num_tasks_seen[task],
+            )
+            rows = [*rows, row]
+            metrics = {
+                "schema": 1,
+                "version": __version__,
+                "tasks": tasks,
+                "stream": config.stream,
+                **evaluation.report(rows),
+                "fisher": [None] * len(rows) if penalty is None else penalty.summary(),
+                "config": {key: value for key, value in asdict(config).items() if key not in OPERATIONAL_KEYS},
+            }
+            for name, metric in metrics["metrics"].items():
+                logger.info(f"Task {task}: {name} " + ", ".join(f"{value:.4g}" for value in metric["matrix"][-1]))
+                accelerator.log({f"eval/{name}": metric["average"][-1]}, step=global_step)
+
+        with record.phase("publish"):
+            if accelerator.is_main_process:
+                columns = class_grid_columns(first_images, len(seen))
+                grid = image_grid(first_images, columns)
+                if config.report_to == "tensorboard":
+                    accelerator.get_tracker("tensorboard").log_images({"samples": first_images.numpy()}, step=global_step)
+                state = {
+                    "task": task,
+                    "tasks": tasks,
+                    "class_ids": class_ids,
+                    "seen_classes": seen,
+                    "global_step": global_step,
+                    "lineage": {"previous": task_folder(output_dir, task - 1).name if task > 0 else None},
+                    "rows": rows,
+                    "fisher": metrics["fisher"],
+                }
+                pipeline = ClassConditionalPipeline(unet, noise_scheduler, {class_ids[name]: name for name in seen})
+                write_task_folder(output_dir, pipeline, penalty, state, grid, config, lambda m=metrics: "\n".join(key_table(m)))
+                grid.save(output_dir / "samples" / f"{task_folder(output_dir, task).name}.png")
+                write_json(output_dir / "metrics.json", metrics)
+                if task == len(phases) - 1:
+                    (output_dir / "plots").mkdir(exist_ok=True)
+                    nearest = nearest_training_images(first_images, columns, seen[:20], train_split)
+                    image_grid(nearest, columns).save(output_dir / "plots" / "nearest.png")
+        record.write()
+        if accelerator.is_main_process:
+            write_report(output_dir)
+        accelerator.wait_for_everyone()
+
+    if accelerator.is_main_process:
+        train_log.close()
+    accelerator.print(f"Done. The report is {output_dir / 'report.md'}")
+    accelerator.end_training()
+
+
+def write_status(output_dir: Path, exit_code: int, message: str) -> None:
+    """Writes `status.json`: how the run ended, and the command to go on. Only into a folder that is a run's."""
+    if (output_dir / "config.yaml").exists() and int(os.environ.get("RANK", 0)) == 0:
+        command = f"accelerate launch {shlex.join(sys.argv)}"
+        write_json(output_dir / "status.json", {"exit_code": exit_code, "message": message, "command": command})
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Returns the exit code of a run; a fault that its user can mend prints one sentence."""
+    output_dir = None
+    try:
+        config = parse_config(arguments)
+        output_dir = Path(config.output_dir)
+        main(config)
+    except RunError as error:
+        print(f"train_continual.py: error: {error}", file=sys.stderr)
+        # A folder that holds another run keeps that run's status.
+        if output_dir is not None and not isinstance(error, ConfigError):
+            write_status(output_dir, error.exit_code, str(error))
+        return error.exit_code
+    write_status(output_dir, 0, "finished")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run())
