@@ -20,26 +20,28 @@ import sys
 import time
 from dataclasses import asdict
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import accelerate
 import datasets
+import diffusers
 import torch
 import yaml
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.logging import get_logger
 from accelerate.utils import ProjectConfiguration
-from safetensors.torch import load_file
-from tqdm.auto import tqdm
-
-import diffusers
 from diffusers import DDIMScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file
+from tqdm.auto import tqdm
+
 from diffusers_cl import DiagonalEWC, GenerativeDistillation, GenerativeReplay, Rank1EWC, __version__
 from diffusers_cl.checkpoint import load_checkpoint, newest_checkpoint, read_state, save_checkpoint, write_json
 from diffusers_cl.config import NUM_TRAIN_TIMESTEPS, OPERATIONAL_KEYS, TrainingConfig, parse_config, to_yaml
+from diffusers_cl.data import load_splits
 from diffusers_cl.draws import FisherBatches
 from diffusers_cl.errors import CheckpointError, ConfigError, NonFiniteError, RunError
 from diffusers_cl.evaluation import Evaluation, class_grid_columns, image_grid, nearest_training_images
@@ -53,7 +55,7 @@ from diffusers_cl.replay import replay_weights
 from diffusers_cl.replay_images import replay_images_for_task
 from diffusers_cl.report import key_table, write_report
 from diffusers_cl.sampling import sample_images
-from diffusers_cl.tasks import StepBatches, TaskImages, keep_batch, load_splits, resolve_tasks
+from diffusers_cl.tasks import StepBatches, TaskImages, keep_batch, resolve_tasks
 
 
 logger = get_logger(__name__, log_level="INFO")
@@ -76,7 +78,9 @@ def check_output_dir(config: TrainingConfig) -> None:
     try:
         found = yaml.safe_load((output_dir / "config.yaml").read_text())
     except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"output_dir: {output_dir} holds files that are not a run's; allowed: a new folder") from error
+        raise ConfigError(
+            f"output_dir: {output_dir} holds files that are not a run's; allowed: a new folder"
+        ) from error
     if config.overwrite_output_dir:
         return
     for key, value in asdict(config).items():
@@ -212,7 +216,9 @@ def main(config: TrainingConfig) -> None:
     if config.resume_from_checkpoint is not None:
         checkpoint = Path(config.resume_from_checkpoint), read_state(config.resume_from_checkpoint)
         if checkpoint[1]["task"] > len(states):
-            raise CheckpointError(f"{checkpoint[0]} is of task {checkpoint[1]['task']}, whose teacher is not in {output_dir}")
+            raise CheckpointError(
+                f"{checkpoint[0]} is of task {checkpoint[1]['task']}, whose teacher is not in {output_dir}"
+            )
         states = states[: checkpoint[1]["task"]]
     elif len(states) < len(phases):
         checkpoint = newest_checkpoint(output_dir, len(states), logger.warning)
@@ -235,20 +241,18 @@ def main(config: TrainingConfig) -> None:
         accelerator.init_trackers("train_continual", config=scalars)
         train_log = open(output_dir / "logs" / "train_log.jsonl", "a", buffering=1)  # noqa: SIM115 (closed at the end)
 
-    def sample(unet, task, seen, labels, keys, num_inference_steps, batch_size, description):
-        """Samples uint8 images from a network, shared out over the processes."""
-        record.content["images"]["generated"] += len(labels)
-        return sample_images(
-            ClassConditionalPipeline(unet, noise_scheduler, id2label={class_ids[name]: name for name in seen}),
-            labels,
-            keys,
-            config.seed,
+    def sampler(unet, num_inference_steps: int, batch_size: int, description: str):
+        """Returns a function of class ids and noise keys that samples uint8 images, shared out over the processes."""
+        return partial(
+            sample_images,
+            ClassConditionalPipeline(unet, noise_scheduler),
+            seed=config.seed,
             num_inference_steps=num_inference_steps,
             batch_size=batch_size,
             process_index=accelerator.process_index,
             num_processes=accelerator.num_processes,
             gather=accelerator.gather if accelerator.num_processes > 1 else None,
-            description=f"Task {task}: {description}",
+            description=description,
             disable_progress_bar=quiet,
         )
 
@@ -265,21 +269,16 @@ def main(config: TrainingConfig) -> None:
                     [[class_ids[name] for name in names] for names in tasks],
                     config.replay_images_per_class,
                     config.replay_refresh,
-                    lambda labels, keys, teacher=teacher, task=task: sample(
+                    sampler(
                         teacher,
-                        task,
-                        class_names,
-                        labels,
-                        keys,
                         config.replay_num_inference_steps,
                         config.replay_batch_size,
-                        "generating replay",
+                        f"Task {task}: generating replay",
                     ),
-                    device,
-                    accelerator.is_main_process,
-                    accelerator.wait_for_everyone,
+                    accelerator,
                     logger.warning,
                 )
+                record.content["images"]["generated"] += num_generated
                 replay.update(images, class_labels, teacher)
         w_new, w_old = replay_weights(config.replay_weighting, task if replay else 0, config.distillation_weight)
 
@@ -395,7 +394,9 @@ def main(config: TrainingConfig) -> None:
                 if replay:
                     old = slice(num_new, None)
                     with accelerator.autocast():
-                        replayed_target = replay.target(noisy_images[old], timesteps[old], class_labels[old], target[old])
+                        replayed_target = replay.target(
+                            noisy_images[old], timesteps[old], class_labels[old], target[old]
+                        )
                     target = torch.cat([target[:num_new], replayed_target.to(target.dtype)])
 
                 with accelerator.accumulate(model):
@@ -437,7 +438,9 @@ def main(config: TrainingConfig) -> None:
                     progress_bar.update(1)
                     global_step += 1
                     record.content["images"]["trained"] += num_new * config.gradient_accumulation_steps
-                    record.content["images"]["replayed"] += (len(images) - num_new) * config.gradient_accumulation_steps
+                    record.content["images"]["replayed"] += (
+                        len(images) - num_new
+                    ) * config.gradient_accumulation_steps
 
                     logs = {"loss": values[0], "loss_new": values[1], "grad_norm": grad_norm, "lr": lr}
                     if replay:
@@ -503,12 +506,9 @@ def main(config: TrainingConfig) -> None:
                     raise NonFiniteError(f"task {task}: {error}") from error
 
         with record.phase("evaluate"):
-            row, first_images = evaluation(
-                lambda labels, keys, task=task, seen=seen: sample(
-                    unet, task, seen, labels, keys, config.eval_num_inference_steps, config.eval_batch_size, "evaluating"
-                ),
-                num_tasks_seen[task],
-            )
+            sample = sampler(unet, config.eval_num_inference_steps, config.eval_batch_size, f"Task {task}: evaluating")
+            row, first_images = evaluation(sample, num_tasks_seen[task])
+            record.content["images"]["generated"] += sum(row["num_images"])
             rows = [*rows, row]
             metrics = {
                 "schema": 1,
@@ -528,7 +528,9 @@ def main(config: TrainingConfig) -> None:
                 columns = class_grid_columns(first_images, len(seen))
                 grid = image_grid(first_images, columns)
                 if config.report_to == "tensorboard":
-                    accelerator.get_tracker("tensorboard").log_images({"samples": first_images.numpy()}, step=global_step)
+                    accelerator.get_tracker("tensorboard").log_images(
+                        {"samples": first_images.numpy()}, step=global_step
+                    )
                 state = {
                     "task": task,
                     "tasks": tasks,
@@ -540,7 +542,9 @@ def main(config: TrainingConfig) -> None:
                     "fisher": metrics["fisher"],
                 }
                 pipeline = ClassConditionalPipeline(unet, noise_scheduler, {class_ids[name]: name for name in seen})
-                write_task_folder(output_dir, pipeline, penalty, state, grid, config, lambda m=metrics: "\n".join(key_table(m)))
+                write_task_folder(
+                    output_dir, pipeline, penalty, state, grid, config, lambda m=metrics: "\n".join(key_table(m))
+                )
                 grid.save(output_dir / "samples" / f"{task_folder(output_dir, task).name}.png")
                 write_json(output_dir / "metrics.json", metrics)
                 if task == len(phases) - 1:

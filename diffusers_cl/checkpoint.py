@@ -136,7 +136,9 @@ def save_checkpoint(
     """
 
     def write(folder: Path) -> None:
-        save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / "model.safetensors")
+        save_file(
+            {name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / "model.safetensors"
+        )
         save_file(_optimizer_tensors(model, optimizer), folder / "optimizer.safetensors")
         if ema_model is not None:
             names = [name for name, _ in model.named_parameters()]

@@ -221,10 +221,14 @@ def validate(config: TrainingConfig) -> None:
         names = [str(name) for task in config.tasks for name in task]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise ConfigError(f"tasks: the class {twice[0]!r} stands in more than one place; every class belongs to one")
+            raise ConfigError(
+                f"tasks: the class {twice[0]!r} stands in more than one place; every class belongs to one"
+            )
     if config.stream != "sequential":
         for key in ("replay", "penalty"):
-            require(getattr(config, key) == "none", key, f"'none' with stream: {config.stream}, which has the real data")
+            require(
+                getattr(config, key) == "none", key, f"'none' with stream: {config.stream}, which has the real data"
+            )
     for key in (
         ("classes_per_task", "max_train_samples", "resolution", "num_class_embeds", "num_threads", "train_batch_size")
         + ("num_train_epochs", "gradient_accumulation_steps", "checkpointing_steps", "checkpoints_total_limit")
@@ -232,7 +236,9 @@ def validate(config: TrainingConfig) -> None:
         + ("eval_num_inference_steps", "eval_batch_size")
     ):
         require(getattr(config, key) is None or getattr(config, key) >= 1, key, "whole numbers from 1")
-    require(config.eval_images_per_class is None or config.eval_images_per_class >= 2, "eval_images_per_class", "2 or more")
+    require(
+        config.eval_images_per_class is None or config.eval_images_per_class >= 2, "eval_images_per_class", "2 or more"
+    )
     require(config.max_train_steps != [], "max_train_steps", "at least one number")
     steps = config.max_train_steps if isinstance(config.max_train_steps, list) else [config.max_train_steps or 1]
     require(min(steps) >= 1, "max_train_steps", "whole numbers from 1")

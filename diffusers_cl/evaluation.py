@@ -7,9 +7,9 @@ import torch
 from diffusers.utils import make_image_grid
 
 from .config import TrainingConfig
+from .data import ImageSplit, cap_per_class
 from .features import FeatureExtractor
 from .metrics import accuracy_by_class, floor, summarize, task_metrics
-from .tasks import ImageSplit, cap_per_class
 
 
 # Images a class in a sample grid, and the least width of an image in it, in pixels.
@@ -128,7 +128,9 @@ class Evaluation:
         }
 
 
-def nearest_training_images(samples: torch.Tensor, columns: int, class_names: list[str], train: ImageSplit) -> torch.Tensor:
+def nearest_training_images(
+    samples: torch.Tensor, columns: int, class_names: list[str], train: ImageSplit
+) -> torch.Tensor:
     """
     Returns, for a sample grid, rows of generated images and below each row the nearest training images of that class
     (Euclidean distance of pixels): copies would show as equal pairs.

@@ -122,7 +122,9 @@ class _Penalty:
             metadata = file.metadata() or {}
             state_dict = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
         if metadata.get("penalty") != cls.kind:
-            raise ValueError(f"{pretrained_model_path} holds the penalty {metadata.get('penalty')!r}, not {cls.kind!r}")
+            raise ValueError(
+                f"{pretrained_model_path} holds the penalty {metadata.get('penalty')!r}, not {cls.kind!r}"
+            )
         ewc_lambda = metadata["ewc_lambda"]
         penalty = cls(ewc_lambda if ewc_lambda == "auto" else float(ewc_lambda))
         penalty.load_state_dict(state_dict)

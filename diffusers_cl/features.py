@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from .config import TrainingConfig
+from .data import ImageSplit
 from .errors import DataError
 from .pipeline import from_uint8
 from .randomness import derive_seed
-from .tasks import ImageSplit
 
 
 # The classifier is part of the measurement, not of the run: it does not depend on the run's seed.
@@ -52,7 +52,9 @@ class SmallClassifier(nn.Module):
                 break
             layers.append(nn.MaxPool2d(2))
             size //= 2
-        self.body = nn.Sequential(*layers, nn.Flatten(), nn.Dropout(0.2), nn.Linear(channels * size * size, NUM_FEATURES))
+        self.body = nn.Sequential(
+            *layers, nn.Flatten(), nn.Dropout(0.2), nn.Linear(channels * size * size, NUM_FEATURES)
+        )
         self.head = nn.Linear(NUM_FEATURES, num_classes)
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -147,7 +149,9 @@ def train_classifier(train: ImageSplit, rows, device, disable_progress_bar: bool
         # Small sets are decoded once, large ones batch by batch.
         fits = len(rows) * train.channels * train.resolution**2 <= 2**30
         cached = train.decode(rows) if fits else None
-        for _ in tqdm(range(CLASSIFIER_STEPS), desc="Training the classifier", disable=disable_progress_bar, leave=False):
+        for _ in tqdm(
+            range(CLASSIFIER_STEPS), desc="Training the classifier", disable=disable_progress_bar, leave=False
+        ):
             positions = torch.randint(len(rows), (min(CLASSIFIER_BATCH_SIZE, len(rows)),))
             images = cached[positions] if fits else train.decode(rows[positions.numpy()])
             _, logits = classifier(images.to(device))

@@ -175,7 +175,9 @@ def projections(
     parameters = {name: parameter.detach() for name, parameter in trainable_parameters(model).items()}
     with sdpa_kernel(SDPBackend.MATH):
         _, projected = jvp(
-            lambda values: losses(_FunctionalModel(model, values), batch), (parameters,), ({name: direction[name] for name in parameters},)
+            lambda values: losses(_FunctionalModel(model, values), batch),
+            (parameters,),
+            ({name: direction[name] for name in parameters},),
         )
     return projected
 
@@ -336,6 +338,4 @@ def diagonal_fisher(
     num_samples = int(reduce(count))
     if num_samples == 0:
         raise ValueError("Fisher estimate: the batches are empty")
-    return {
-        name: _finite(reduce(t) / num_samples, "the diagonal").float() for name, t in total.items()
-    }, num_samples
+    return {name: _finite(reduce(t) / num_samples, "the diagonal").float() for name, t in total.items()}, num_samples

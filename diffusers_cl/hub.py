@@ -93,10 +93,17 @@ def model_card(pipeline: ClassConditionalPipeline, state: dict, config: Training
     """Returns the README.md of a task folder: what the model draws, how to sample it, how it was made and measured."""
     known = list(pipeline.known_classes.values())
     dataset = config.dataset_name or config.train_data_dir
-    front = ["---", f"license: {config.license}", "library_name: diffusers", "pipeline_tag: unconditional-image-generation"]
+    front = [
+        "---",
+        f"license: {config.license}",
+        "library_name: diffusers",
+        "pipeline_tag: unconditional-image-generation",
+    ]
     front += ["tags:", "- diffusers-cl", "- continual-learning", "- class-conditional", "---"]
     order = "\n".join(f"{number}. {', '.join(names)}" for number, names in enumerate(state["tasks"]))
-    return "\n".join(front) + f"""
+    return (
+        "\n".join(front)
+        + f"""
 
 # {dataset}, after task {state["task"]}
 
@@ -130,3 +137,4 @@ Classes of task 0, 1, ...; this is the model after task {state["task"]}:
 
 {results}
 """
+    )

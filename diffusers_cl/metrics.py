@@ -133,7 +133,9 @@ def summarize(matrix: Sequence[Sequence[float]], higher_is_better: bool = False)
         "matrix": matrix,
         "average": [float(np.mean(row)) for row in matrix],
         "learning": None if joint else float(np.mean(diagonal)),
-        "forgetting": None if joint else float(np.mean([end - then for end, then in zip(last, diagonal, strict=True)])),
+        "forgetting": None
+        if joint
+        else float(np.mean([end - then for end, then in zip(last, diagonal, strict=True)])),
         "worst": float(min(last) if higher_is_better else max(last)),
     }
 

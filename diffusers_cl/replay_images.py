@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
 from .checkpoint import publish_folder, verify_folder
@@ -41,9 +42,7 @@ def replay_images_for_task(
     images_per_class: int,
     refresh: str,
     sample: Callable[[list[int], list[tuple]], torch.Tensor],
-    device: torch.device,
-    is_main_process: bool,
-    wait_for_everyone: Callable[[], None],
+    accelerator: Accelerator,
     warn: Callable[[str], None],
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
     """
@@ -58,8 +57,7 @@ def replay_images_for_task(
         refresh (`str`): `latest` generates every earlier class anew; `once` only those of the task before, and keeps
             the others as they were (generation over T tasks costs O(T) instead of O(T^2)).
         sample: maps class ids and noise keys to uint8 images, on every process; uses the newest teacher.
-        device (`torch.device`): the training device.
-        is_main_process, wait_for_everyone, warn: of the run.
+        accelerator (`accelerate.Accelerator`), warn: of the run; images go to the accelerator's device if they fit.
     """
     folder = output_dir / "replay" / f"task-{task:02d}"
     previous = output_dir / "replay" / f"task-{task - 1:02d}"
@@ -67,7 +65,7 @@ def replay_images_for_task(
     if folder.exists():
         try:
             verify_folder(folder)
-            return *load_replay_images(folder, device), 0
+            return *load_replay_images(folder, accelerator.device), 0
         except CheckpointError as error:
             warn(f"Generating replay again: {error}")
     keep = refresh == "once" and task > 1
@@ -81,11 +79,11 @@ def replay_images_for_task(
         kept = load_file(previous / IMAGES_NAME)
         images = torch.cat([kept["images"], images])
         class_labels = torch.cat([kept["class_labels"], class_labels])
-    if is_main_process:
+    if accelerator.is_main_process:
         tensors = {"images": images, "class_labels": class_labels}
         publish_folder(folder, lambda partial: save_file(tensors, partial / IMAGES_NAME))
-    wait_for_everyone()
-    loaded = load_replay_images(folder, device)
-    if is_main_process:
+    accelerator.wait_for_everyone()
+    loaded = load_replay_images(folder, accelerator.device)
+    if accelerator.is_main_process:
         shutil.rmtree(previous, ignore_errors=True)
     return *loaded, generated

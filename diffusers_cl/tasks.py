@@ -1,230 +1,13 @@
-"""From a Hugging Face dataset to the images of a task: splits, classes, transforms, and the order of batches."""
+"""The stream: which classes a task has, its images, and the order of its batches."""
 
-import io
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
 
-import datasets
-import numpy as np
-import PIL.Image
 import torch
-from torchvision.transforms import functional as transforms
 
 from .config import TrainingConfig
+from .data import ImageSplit
 from .errors import DataError
 from .randomness import derive_seed, permutation
-
-
-# The share of every class that is held out where a dataset has no split to evaluate on.
-HOLDOUT = 0.2
-
-
-@dataclass
-class ImageSplit:
-    """
-    One split of a dataset: undecoded images, and a label for every row.
-
-    Attributes:
-        dataset (`datasets.Dataset`): its image column holds bytes or a path.
-        image_column (`str`).
-        name (`str`): for messages.
-        labels (`np.ndarray` of `int`): of every row, an index into `names`.
-        names (`list[str]`): the dataset's classes in label order.
-        resolution (`int`), resize_mode (`str`), channels (`int`): what [`decode`] makes of an image.
-        rows (`np.ndarray`): the row numbers in the dataset on disk, for messages.
-    """
-
-    dataset: datasets.Dataset
-    image_column: str
-    name: str
-    labels: np.ndarray
-    names: list[str]
-    resolution: int
-    resize_mode: str
-    channels: int
-    rows: np.ndarray = field(repr=False)
-
-    def rows_of(self, names: list[str]) -> np.ndarray:
-        """Returns the positions of the rows of these classes, by the label column alone: no image is decoded."""
-        return np.flatnonzero(np.isin(self.labels, [self.names.index(name) for name in names]))
-
-    def select(self, positions: np.ndarray) -> "ImageSplit":
-        """Returns the split with these rows only."""
-        return ImageSplit(
-            self.dataset.select(positions),
-            self.image_column,
-            self.name,
-            self.labels[positions],
-            self.names,
-            self.resolution,
-            self.resize_mode,
-            self.channels,
-            self.rows[positions],
-        )
-
-    def is_greyscale(self) -> bool:
-        """Returns whether the first image has a single channel."""
-        entry = self.dataset[0][self.image_column]
-        try:
-            with PIL.Image.open(io.BytesIO(entry["bytes"]) if entry["bytes"] is not None else entry["path"]) as image:
-                return image.mode in ("1", "L", "LA") or image.mode.startswith("I")
-        except (OSError, SyntaxError) as error:
-            raise DataError(f"the image in row 0 of split {self.name!r} cannot be read: {error}") from error
-
-    def decode(self, positions) -> torch.Tensor:
-        """
-        Returns images as uint8 of shape `(len(positions), channels, resolution, resolution)`.
-
-        Raises:
-            DataError: naming the row of an image that cannot be read.
-        """
-        images = []
-        for position, entry in zip(positions, self.dataset[[int(p) for p in positions]][self.image_column], strict=True):
-            try:
-                source = io.BytesIO(entry["bytes"]) if entry["bytes"] is not None else entry["path"]
-                with PIL.Image.open(source) as image:
-                    image.load()
-                    images.append(_to_uint8_array(image, self.channels, self.resolution, self.resize_mode))
-            except (OSError, SyntaxError, ValueError, TypeError, PIL.Image.DecompressionBombError) as error:
-                where = f" ({entry['path']})" if isinstance(entry, dict) and entry["path"] else ""
-                raise DataError(
-                    f"the image in row {self.rows[position]} of split {self.name!r}{where} cannot be read: {error}"
-                ) from error
-        return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
-
-
-def _to_uint8_array(image: PIL.Image.Image, channels: int, resolution: int, resize_mode: str) -> np.ndarray:
-    """(height, width, channels) uint8; 16-bit greyscale is scaled, because `.convert` would clip it to white."""
-    if image.mode.startswith("I"):
-        values = np.asarray(image, dtype=np.float64)
-        if values.max() > 255:
-            values = values / 257
-        image = PIL.Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
-    image = image.convert("L" if channels == 1 else "RGB")
-    if resize_mode == "resize":
-        image = transforms.resize(image, resolution)
-    elif max(image.size) > resolution:
-        raise ValueError(f"{image.size[0]}x{image.size[1]} is larger than resolution {resolution} (resize_mode: pad)")
-    return np.asarray(transforms.center_crop(image, resolution)).reshape(resolution, resolution, channels)
-
-
-def load_digits_dataset() -> datasets.DatasetDict:
-    """Returns scikit-learn's 1,797 handwritten digits (8x8 greyscale, ships with the package) as a dataset."""
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    # Grey levels 0 to 16.
-    pixels = (digits.images * (255 / 16)).round().astype(np.uint8)
-    features = datasets.Features(
-        {"image": datasets.Image(), "label": datasets.ClassLabel(names=[str(name) for name in digits.target_names])}
-    )
-    columns = {"image": [PIL.Image.fromarray(image) for image in pixels], "label": digits.target.tolist()}
-    return datasets.DatasetDict({"train": datasets.Dataset.from_dict(columns, features=features)})
-
-
-def _find_column(features: datasets.Features, asked: str | None, key: str, preferred: list[str], kind: type) -> str:
-    if asked is not None:
-        if asked not in features:
-            raise DataError(f"{key}: the dataset has no column {asked!r}; its columns are {', '.join(features)}")
-        return asked
-    for name in preferred:
-        if name in features:
-            return name
-    found = [name for name, feature in features.items() if isinstance(feature, kind)]
-    if len(found) == 1:
-        return found[0]
-    raise DataError(f"{key}: cannot tell which of the columns {', '.join(features)} it is; name it")
-
-
-def _labels(dataset: datasets.Dataset, column: str, split: str, names: list[str]) -> tuple[np.ndarray, list[str]]:
-    """The label of every row and all class names in label order, which are `names` if those are known already."""
-    feature = dataset.features.get(column)
-    values = dataset.select_columns([column]).with_format("numpy")[:][column] if feature is not None else None
-    if isinstance(feature, datasets.ClassLabel):
-        names = names or list(feature.names)
-        bad = np.flatnonzero((values < 0) | (values >= len(names)))
-        if len(bad):
-            raise DataError(f"row {bad[0]} of split {split!r} has the label {values[bad[0]]}; there are {len(names)} classes")
-        return values, names
-    if not str(getattr(feature, "dtype", "")).startswith(("int", "uint", "string", "large_string")):
-        raise DataError(f"label_column {column!r} of split {split!r} holds {feature}; allowed: ClassLabel, integers, strings")
-    unique, positions = np.unique(values, return_inverse=True)
-    names = names or [str(value) for value in unique]
-    unknown = [str(value) for value in unique if str(value) not in names]
-    if unknown:
-        raise DataError(f"split {split!r} has the class {unknown[0]!r}, which the training split does not have")
-    return np.array([names.index(str(value)) for value in unique])[positions], names
-
-
-def _holdout(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Positions kept for training and held out: a fifth of every class, by a number drawn for every row."""
-    draws = np.array([derive_seed(seed, "split", index) for index in range(len(labels))])
-    held = np.zeros(len(labels), dtype=bool)
-    for label in np.unique(labels):
-        rows = np.flatnonzero(labels == label)
-        held[rows[np.argsort(draws[rows])[: round(HOLDOUT * len(rows))]]] = True
-    return np.flatnonzero(~held), np.flatnonzero(held)
-
-
-def load_splits(config: TrainingConfig) -> tuple[ImageSplit, ImageSplit]:
-    """
-    Returns the training split and the split to evaluate on.
-
-    Raises:
-        DataError: dataset, split or column missing, with what there is.
-    """
-    source = config.dataset_name or config.train_data_dir
-    try:
-        if config.dataset_name == "digits":
-            loaded = load_digits_dataset()
-        elif config.dataset_name is not None:
-            loaded = datasets.load_dataset(config.dataset_name, config.dataset_config_name, cache_dir=config.cache_dir)
-        else:
-            if not Path(config.train_data_dir).is_dir():
-                raise DataError(f"train_data_dir: {config.train_data_dir} is no folder")
-            loaded = datasets.load_dataset(
-                "imagefolder", data_dir=config.train_data_dir, drop_labels=False, cache_dir=config.cache_dir
-            )
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(f"cannot load the dataset {source!r}: {str(error).splitlines()[0]}") from error
-
-    for key in ("train_split", "eval_split"):
-        if getattr(config, key) is not None and getattr(config, key) not in loaded:
-            raise DataError(f"{key}: the dataset has no split {getattr(config, key)!r}; it has {', '.join(loaded)}")
-    eval_split = config.eval_split or next((name for name in ("test", "validation") if name in loaded), None)
-    if eval_split == config.train_split:
-        raise DataError(f"eval_split: {eval_split!r} is the training split")
-
-    features = loaded[config.train_split].features
-    image_column = _find_column(features, config.image_column, "image_column", ["image", "img"], datasets.Image)
-    label_column = _find_column(features, config.label_column, "label_column", ["label", "fine_label"], datasets.ClassLabel)
-    train = _split(loaded[config.train_split], config.train_split, image_column, label_column, config)
-    if eval_split is not None:
-        test = _split(loaded[eval_split], eval_split, image_column, label_column, config, train)
-    else:
-        # The digits' split is part of the dataset, not of the run.
-        kept, held = _holdout(train.labels, 0 if config.dataset_name == "digits" else config.seed)
-        train, test = train.select(kept), train.select(held)
-    if config.max_train_samples is not None:
-        order = permutation(len(train.labels), config.seed, "max_train_samples").numpy()
-        train = train.select(np.sort(order[: config.max_train_samples]))
-    return train, test
-
-
-def _split(dataset, name: str, image_column: str, label_column: str, config: TrainingConfig, train=None) -> ImageSplit:
-    """A split; its class names and channels are the training split's, if that is given."""
-    if not isinstance(dataset.features.get(image_column), datasets.Image):
-        raise DataError(f"image_column: {image_column!r} of split {name!r} holds no images")
-    if len(dataset) == 0:
-        raise DataError(f"split {name!r} is empty")
-    labels, names = _labels(dataset, label_column, name, train.names if train else [])
-    dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
-    split = ImageSplit(
-        dataset, image_column, name, labels, names, config.resolution, config.resize_mode, 3, np.arange(len(dataset))
-    )
-    split.channels = train.channels if train else 1 if split.is_greyscale() else 3
-    return split
 
 
 def resolve_tasks(config: TrainingConfig, train: ImageSplit, test: ImageSplit) -> list[list[str]]:
@@ -244,7 +27,9 @@ def resolve_tasks(config: TrainingConfig, train: ImageSplit, test: ImageSplit) -
             return str(entry)
         if isinstance(entry, int) and 0 <= entry < len(names):
             return names[entry]
-        raise DataError(f"{key}: the dataset has no class {entry!r}; it has {', '.join(names[:20])}" + ", ..." * (len(names) > 20))
+        raise DataError(
+            f"{key}: the dataset has no class {entry!r}; it has {', '.join(names[:20])}" + ", ..." * (len(names) > 20)
+        )
 
     if config.tasks is not None:
         tasks = [[name_of(entry, "tasks") for entry in task] for task in config.tasks]
@@ -259,7 +44,9 @@ def resolve_tasks(config: TrainingConfig, train: ImageSplit, test: ImageSplit) -
     flat = [name for task in tasks for name in task]
     for name in flat:
         if flat.count(name) > 1:
-            raise DataError(f"the class {name!r} stands in more than one place of the stream; every class belongs to one task")
+            raise DataError(
+                f"the class {name!r} stands in more than one place of the stream; every class belongs to one task"
+            )
         for split in (train, test):
             if len(split.rows_of([name])) == 0:
                 raise DataError(f"the class {name!r} has no images in split {split.name!r}")
@@ -299,7 +86,15 @@ class StepBatches(torch.utils.data.Sampler):
     """
 
     def __init__(
-        self, num_images: int, batch_size: int, num_batches: int, seed: int, task: int, start=0, rank=0, num_processes=1
+        self,
+        num_images: int,
+        batch_size: int,
+        num_batches: int,
+        seed: int,
+        task: int,
+        start=0,
+        rank=0,
+        num_processes=1,
     ):
         self.num_images, self.num_batches, self.start = num_images, num_batches, start
         self.seed, self.task, self.rank, self.num_processes = seed, task, rank, num_processes
@@ -323,9 +118,3 @@ class StepBatches(torch.utils.data.Sampler):
 def keep_batch(batch):
     """A `collate_fn` for [`TaskImages`], whose batches come ready."""
     return batch
-
-
-def cap_per_class(split: ImageSplit, class_names: list[str], limit: int | None) -> ImageSplit:
-    """Returns the rows of these classes in the classes' order, at most `limit` of each."""
-    rows = [split.rows_of([name])[:limit] for name in class_names]
-    return split.select(np.concatenate(rows))
