@@ -59,7 +59,7 @@ class Evaluation:
             split = cap_per_class(test, names, config.eval_images_per_class)
             self.labels.append([split.names[label] for label in split.labels])
             self.real.append(extractor(split.decode(range(len(split.labels)))))
-        self.floor = floor([features for features, _ in self.real], extractor.name)
+        self.floor = floor([features for features, _ in self.real], self.labels, extractor.name)
 
     def __call__(
         self, sample: Callable[[list[int], list[tuple]], torch.Tensor], num_tasks: int

@@ -33,7 +33,8 @@ BATCH_SIZE = 256
 class SmallClassifier(nn.Module):
     """
     A convolutional classifier of small images; its features are the `NUM_FEATURES` numbers before the last layer, fewer
-    than there are test images in a task, so that their covariance has full rank.
+    than there are test images in a task, so that their covariance has full rank, and normalised (LayerNorm), so that
+    distances do not depend on the scale that training happened to give them.
 
     Args:
         channels (`int`): 1 or 3.
@@ -53,7 +54,11 @@ class SmallClassifier(nn.Module):
             layers.append(nn.MaxPool2d(2))
             size //= 2
         self.body = nn.Sequential(
-            *layers, nn.Flatten(), nn.Dropout(0.2), nn.Linear(channels * size * size, NUM_FEATURES)
+            *layers,
+            nn.Flatten(),
+            nn.Dropout(0.2),
+            nn.Linear(channels * size * size, NUM_FEATURES),
+            nn.LayerNorm(NUM_FEATURES, elementwise_affine=False),
         )
         self.head = nn.Linear(NUM_FEATURES, num_classes)
 

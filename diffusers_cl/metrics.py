@@ -140,33 +140,43 @@ def summarize(matrix: Sequence[Sequence[float]], higher_is_better: bool = False)
     }
 
 
-def floor(real_features: Sequence[torch.Tensor], extractor: str, seed: int = 0) -> dict[str, dict]:
+def floor(
+    real_features: Sequence[torch.Tensor], labels: Sequence[Sequence[str]], extractor: str, seed: int = 0
+) -> dict[str, dict]:
     """
     Returns, for both distances, what two disjoint halves of the real test images of a task are apart: a difference
     below it is noise.
 
+    Both halves have the same number of images of every class, because generated images have the real ones' labels.
+
     Args:
         real_features (list of `torch.Tensor`): of every task.
+        labels (list of lists of `str`): the class of every image.
         extractor (`str`): names the distances.
         seed (`int`): of the random halves.
 
     Returns:
         by metric: `mean` over tasks and resamplings, `std` (the spread over resamplings, averaged over tasks),
-        `num_images` in a half, `per_task` means.
+        `num_images` in a half and `per_task` means.
     """
+    halves: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
+    for task, names in enumerate(labels):
+        halves.append([])
+        for resampling in range(FLOOR_RESAMPLINGS):
+            first, second = [], []
+            order = permutation(len(names), seed, "floor", task, resampling).tolist()
+            for name in dict.fromkeys(names):
+                rows = [row for row in order if names[row] == name]
+                first += rows[: len(rows) // 2]
+                second += rows[len(rows) // 2 : 2 * (len(rows) // 2)]
+            halves[-1].append((real_features[task][first], real_features[task][second]))
     result = {}
     for name, distance in zip(distance_names(extractor), (frechet_distance, kernel_distance), strict=True):
-        values = []
-        for task, features in enumerate(real_features):
-            half = len(features) // 2
-            values.append([])
-            for resampling in range(FLOOR_RESAMPLINGS):
-                order = permutation(len(features), seed, "floor", task, resampling)
-                values[-1].append(distance(features[order[:half]], features[order[half : 2 * half]]))
+        values = [[distance(*pair) for pair in pairs] for pairs in halves]
         result[name] = {
             "mean": float(np.mean(values)),
             "std": float(np.mean(np.std(values, axis=1))),
-            "num_images": [len(features) // 2 for features in real_features],
+            "num_images": [len(pairs[0][0]) for pairs in halves],
             "per_task": [float(np.mean(row)) for row in values],
         }
     return result
