@@ -110,7 +110,6 @@ class TrainingConfig:
     sets sample_size, in_channels, out_channels and num_class_embeds."""
     prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
     """What the network predicts."""
-
     # Training
     output_dir: str = "continual-model"
     """Where the run leaves its files. The same command in the same folder goes on where it was."""
@@ -208,37 +207,30 @@ def validate(config: TrainingConfig) -> None:
         value = getattr(config, field.name)
         require(not isinstance(value, float) or math.isfinite(value), field.name, "finite numbers")
     if (config.dataset_name is None) == (config.train_data_dir is None):
-        raise ConfigError(
-            f"give exactly one of dataset_name ({config.dataset_name!r}) and train_data_dir ({config.train_data_dir!r})"
-        )
+        given = f"dataset_name ({config.dataset_name!r}) and train_data_dir ({config.train_data_dir!r})"
+        raise ConfigError(f"give exactly one of {given}")
     if (config.tasks is None) == (config.classes_per_task is None):
-        raise ConfigError(
-            f"give exactly one of tasks ({config.tasks!r}) and classes_per_task ({config.classes_per_task!r})"
-        )
+        given = f"tasks ({config.tasks!r}) and classes_per_task ({config.classes_per_task!r})"
+        raise ConfigError(f"give exactly one of {given}")
     if config.tasks is not None:
         require(config.class_order is None, "class_order", "null when tasks are listed")
         require(len(config.tasks) > 0 and all(config.tasks), "tasks", "non-empty lists of classes")
         names = [str(name) for task in config.tasks for name in task]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise ConfigError(
-                f"tasks: the class {twice[0]!r} stands in more than one place; every class belongs to one"
-            )
+            raise ConfigError(f"tasks: the class {twice[0]!r} stands in more than one place, but belongs to one task")
     if config.stream != "sequential":
-        for key in ("replay", "penalty"):
-            require(
-                getattr(config, key) == "none", key, f"'none' with stream: {config.stream}, which has the real data"
-            )
+        allowed = f"'none' with stream: {config.stream}, which has the real data"
+        require(config.replay == "none", "replay", allowed)
+        require(config.penalty == "none", "penalty", allowed)
     for key in (
         ("classes_per_task", "max_train_samples", "resolution", "num_class_embeds", "num_threads", "train_batch_size")
         + ("num_train_epochs", "gradient_accumulation_steps", "checkpointing_steps", "checkpoints_total_limit")
         + ("replay_images_per_class", "replay_num_inference_steps", "replay_batch_size", "fisher_samples")
-        + ("eval_num_inference_steps", "eval_batch_size")
+        + ("eval_images_per_class", "eval_num_inference_steps", "eval_batch_size")
     ):
         require(getattr(config, key) is None or getattr(config, key) >= 1, key, "whole numbers from 1")
-    require(
-        config.eval_images_per_class is None or config.eval_images_per_class >= 2, "eval_images_per_class", "2 or more"
-    )
+    require((config.eval_images_per_class or 2) >= 2, "eval_images_per_class", "2 or more")
     require(config.max_train_steps != [], "max_train_steps", "at least one number")
     steps = config.max_train_steps if isinstance(config.max_train_steps, list) else [config.max_train_steps or 1]
     require(min(steps) >= 1, "max_train_steps", "whole numbers from 1")
@@ -249,12 +241,9 @@ def validate(config: TrainingConfig) -> None:
     for key in ("lr_warmup_steps", "dataloader_num_workers", "seed", "adam_weight_decay"):
         require(getattr(config, key) >= 0, key, "0 or more")
     require(config.ewc_lambda == "auto" or config.ewc_lambda > 0, "ewc_lambda", "positive numbers and 'auto'")
-    bounds = config.fisher_timesteps
-    require(
-        len(bounds) == 2 and 0 <= bounds[0] < bounds[1] <= NUM_TRAIN_TIMESTEPS,
-        "fisher_timesteps",
-        f"[start, end) within [0, {NUM_TRAIN_TIMESTEPS}]",
-    )
+    bounds = [0, *config.fisher_timesteps, NUM_TRAIN_TIMESTEPS]
+    within = len(bounds) == 4 and bounds[0] <= bounds[1] < bounds[2] <= bounds[3]
+    require(within, "fisher_timesteps", f"[start, end) within [0, {NUM_TRAIN_TIMESTEPS}]")
     if config.feature_extractor_weights_path is not None:
         require(config.feature_extractor == "inception", "feature_extractor", "'inception' when weights are given")
 

@@ -10,13 +10,13 @@ from .config import TrainingConfig
 from .data import ImageSplit, cap_per_class
 from .features import FeatureExtractor
 from .metrics import accuracy_by_class, floor, summarize, task_metrics
+from .report import HIGHER_IS_BETTER
 
 
 # Images a class in a sample grid, and the least width of an image in it, in pixels.
 GRID_COLUMNS = 10
 GRID_IMAGE_SIZE = 32
 MAX_GRID_ROWS = 100
-HIGHER_IS_BETTER = ("accuracy", "recall")
 
 
 def image_grid(images: torch.Tensor, columns: int) -> PIL.Image.Image:

@@ -32,21 +32,15 @@ from .fisher import (
 WEIGHTS_NAME = "ewc.safetensors"
 
 
-def _check_lambda(ewc_lambda: float | str) -> float | str:
-    if ewc_lambda == "auto":
-        return ewc_lambda
-    if isinstance(ewc_lambda, str) or not 0 < ewc_lambda < float("inf"):
-        raise ValueError(f"ewc_lambda is {ewc_lambda!r}; allowed are positive numbers and 'auto'")
-    return float(ewc_lambda)
-
-
 class _Penalty:
     """What both penalties share: naming by parameter, checking, and files without pickles."""
 
     kind: str
 
     def __init__(self, ewc_lambda: float | str = 15_000.0):
-        self.ewc_lambda = _check_lambda(ewc_lambda)
+        if ewc_lambda != "auto" and (isinstance(ewc_lambda, str) or not 0 < ewc_lambda < float("inf")):
+            raise ValueError(f"ewc_lambda is {ewc_lambda!r}; allowed are positive numbers and 'auto'")
+        self.ewc_lambda = ewc_lambda if ewc_lambda == "auto" else float(ewc_lambda)
         self.tensors: dict[str, dict[str, torch.Tensor]] = {}
         self.statistics: dict[str, list[float]] = {}
 
@@ -194,11 +188,7 @@ class Rank1EWC(_Penalty):
         `theta <- theta - V^T (I + lr L V V^T)^-1 lr L (V theta - b)`, L the diagonal of [`strengths`]. Not the paper's
         method: with Adam, a stiff penalty in the loss fills the second moments of every parameter and starves the new
         task. For a large lr this is the projection onto the weights that move no anchor (related: OGD, arXiv
-        1910.07104).
-
-        Args:
-            model (`torch.nn.Module`): changed in place.
-            lr (`float`): the schedule's current learning rate.
+        1910.07104). `lr` is the schedule's current learning rate.
         """
         parameters = self._parameters(model)
         if self.num_tasks == 0:
@@ -215,12 +205,7 @@ class Rank1EWC(_Penalty):
             parameter.copy_(parameter.double() - (solution @ directions[name]).view_as(parameter))
 
     def consolidate(
-        self,
-        model: torch.nn.Module,
-        losses: Losses,
-        batches,
-        reduce: Reduce = _identity,
-        diagnostics: bool = True,
+        self, model: torch.nn.Module, losses: Losses, batches, reduce: Reduce = _identity, diagnostics: bool = True
     ) -> Rank1Fisher:
         """
         Adds the finished task's term at the model's current weights.
@@ -236,14 +221,8 @@ class Rank1EWC(_Penalty):
             [`Rank1Fisher`], the estimate that was added.
         """
         parameters = self._parameters(model)
-        fisher = rank1_fisher(
-            model,
-            losses,
-            batches,
-            diagnostics=diagnostics,
-            curvature=diagnostics or self.ewc_lambda == "auto",
-            reduce=reduce,
-        )
+        curvature = diagnostics or self.ewc_lambda == "auto"
+        fisher = rank1_fisher(model, losses, batches, diagnostics, curvature, reduce=reduce)
         known = self.tensors.setdefault("direction", {})
         offset = 0.0
         for name, parameter in parameters.items():
@@ -306,12 +285,7 @@ class DiagonalEWC(_Penalty):
             parameter.copy_(anchor + (parameter - anchor) / (1 + lr * self._weight() * weighted))
 
     def consolidate(
-        self,
-        model: torch.nn.Module,
-        losses: Losses,
-        batches,
-        reduce: Reduce = _identity,
-        diagnostics: bool = True,
+        self, model: torch.nn.Module, losses: Losses, batches, reduce: Reduce = _identity, diagnostics: bool = True
     ) -> dict[str, torch.Tensor]:
         """
         Adds the finished task's term at the model's current weights; arguments as [`Rank1EWC.consolidate`].

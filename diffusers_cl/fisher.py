@@ -88,10 +88,6 @@ def _identity(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def _checksum(batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    return sum(tensor.double().sum() for tensor in batch)
-
-
 def _finite(value: torch.Tensor, name: str) -> torch.Tensor:
     if not torch.isfinite(value).all():
         raise FloatingPointError(f"Fisher estimate: {name} is not finite")
@@ -102,15 +98,9 @@ def per_sample_gradients(
     model: torch.nn.Module, losses: Losses, batch: tuple[torch.Tensor, ...]
 ) -> dict[str, torch.Tensor]:
     """
-    Returns the gradient of every row's loss, by `vmap(grad(...))`.
+    Returns the gradient of every row's loss, by `vmap(grad(...))`: by parameter name, of shape `(rows, *parameter.shape)`.
 
-    Args:
-        model (`torch.nn.Module`): left in the mode that it is in; call `model.eval()` first.
-        losses: `losses(model, batch) -> (batch,)`.
-        batch (tuple of `torch.Tensor`, rows first): all rows at once, `rows * parameters` numbers in memory.
-
-    Returns:
-        `dict[str, torch.Tensor]`: by parameter name, of shape `(rows, *parameter.shape)`.
+    All rows are taken at once, `rows * parameters` numbers; the model is left in the mode that it is in.
     """
     parameters = {name: parameter.detach() for name, parameter in trainable_parameters(model).items()}
 
@@ -136,8 +126,7 @@ def mean_gradient(
     Returns mu = E[g] by one ordinary backward pass a batch, summed in float64.
 
     Returns:
-        mu (`dict[str, torch.Tensor]`, float64), the number of draws over all processes, and a checksum of this
-        process's draws.
+        mu (`dict[str, torch.Tensor]`, float64), and the number and a checksum of this process's draws.
 
     Raises:
         ValueError: when there are no draws.
@@ -153,7 +142,7 @@ def mean_gradient(
             for accumulated, gradient in zip(total.values(), gradients, strict=True):
                 accumulated += gradient
             count += len(batch[0])
-            checksum += _checksum(batch)
+            checksum += sum(tensor.double().sum() for tensor in batch)
     num_samples = int(reduce(torch.tensor(float(count), dtype=torch.float64, device=device)).item())
     if num_samples == 0:
         raise ValueError("Fisher estimate: the batches are empty")
@@ -164,13 +153,8 @@ def projections(
     model: torch.nn.Module, losses: Losses, batch: tuple[torch.Tensor, ...], direction: dict[str, torch.Tensor]
 ) -> torch.Tensor:
     """
-    Returns `v . g_i` for every row of a batch by one forward-mode product: no per-sample gradient is formed.
-
-    Args:
-        direction (`dict[str, torch.Tensor]`): v by parameter name, float32.
-
-    Returns:
-        `torch.Tensor` of shape `(batch,)`.
+    Returns `v . g_i` for every row of a batch, of shape `(batch,)`, by one forward-mode product: no per-sample gradient is
+    formed. `direction` is v by parameter name, float32.
     """
     parameters = {name: parameter.detach() for name, parameter in trainable_parameters(model).items()}
     with sdpa_kernel(SDPBackend.MATH):
@@ -254,15 +238,11 @@ def rank1_fisher(
 
     Args:
         model (`torch.nn.Module`): the unwrapped network, at the finished task's weights.
-        losses: `losses(model, batch) -> (batch,)`.
-        batches: re-iterable, the same tensors every time.
+        losses, batches: as the module says.
         diagnostics (`bool`): also estimate the trace from per-sample gradients of the first 128 draws.
         curvature (`bool`): also measure the curvature along v (five more forward passes over the draws).
         chunk_size (`int`, *optional*): rows of per-sample gradients at a time, for the trace.
         reduce: sums a tensor over processes.
-
-    Returns:
-        [`Rank1Fisher`].
 
     Raises:
         ValueError: when there are no draws, the mean gradient is zero, or the second pass saw other draws.
@@ -280,7 +260,7 @@ def rank1_fisher(
         for batch in batches:
             sums[0] += projections(model, losses, batch, direction).double().square().sum()
             sums[1] += len(batch[0])
-            again += _checksum(batch)
+            again += sum(tensor.double().sum() for tensor in batch)
     if int(sums[1]) != count or not torch.equal(again, checksum):
         raise ValueError(f"Fisher estimate: the batches gave other draws the second time ({int(sums[1])} of {count})")
     total, num_samples = reduce(sums)
@@ -292,18 +272,16 @@ def rank1_fisher(
     )
     if curvature:
         fisher.curvature, fisher.curvature_check = curvature_along(model, losses, batches, direction, reduce=reduce)
-        if abs(fisher.curvature - fisher.curvature_check) > 0.2 * max(
-            abs(fisher.curvature), abs(fisher.curvature_check)
-        ):
+        measured = fisher.curvature, fisher.curvature_check
+        if abs(measured[0] - measured[1]) > 0.2 * max(map(abs, measured)):
             warnings.warn(
-                f"the curvature along the direction depends on the step length: {fisher.curvature:.4g} at"
-                f" {CURVATURE_STEPS[0]}, {fisher.curvature_check:.4g} at {CURVATURE_STEPS[1]}",
+                f"the curvature along the direction depends on the step length: {measured[0]:.4g} at"
+                f" {CURVATURE_STEPS[0]}, {measured[1]:.4g} at {CURVATURE_STEPS[1]}",
                 stacklevel=2,
             )
     if diagnostics:
-        fisher.trace, fisher.trace_num_samples = gradient_trace(
-            model, losses, batches, chunk_size=chunk_size, reduce=reduce
-        )
+        traced = gradient_trace(model, losses, batches, chunk_size=chunk_size, reduce=reduce)
+        fisher.trace, fisher.trace_num_samples = traced
     return fisher
 
 

@@ -186,6 +186,8 @@ def plot_losses(path: Path, log: dict[str, np.ndarray]) -> None:
             axes.plot(step[::stride], value[::stride], color=color, alpha=0.25, linewidth=0.7)
             axes.plot(step[::stride], mean[::stride], color=color, linewidth=1.6)
         axes.set_yscale("log")
+        # A student starts as its teacher: the first distillation losses are rounding errors.
+        axes.set_ylim(bottom=max(axes.get_ylim()[0], 1e-4 * np.nanmax(log[name])))
         axes.set_ylabel(LOSS_PARTS[name], fontsize=9)
         axes.grid(alpha=0.25, which="both")
         for task in tasks:

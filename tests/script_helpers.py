@@ -1,0 +1,136 @@
+"""What the tests of the script share: tiny settings of configs/digits.yaml, and ways to run it."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from filelock import FileLock
+from PIL import Image
+from transformers import ConvNextImageProcessor, ResNetConfig, ResNetForImageClassification
+
+import train_continual
+
+
+ROOT = Path(train_continual.__file__).parent
+UNET = {
+    "_class_name": "UNet2DModel",
+    "block_out_channels": [8, 16],
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+    "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+    "layers_per_block": 1,
+    "attention_head_dim": 8,
+    "norm_num_groups": 4,
+}
+# Two tasks of three steps, with everything that the preset has; sampling and measuring are as short as they can be.
+SETTINGS = {
+    "tasks": "[[0, 1], [2, 3]]",
+    "classes_per_task": "null",
+    "max_train_steps": "3",
+    "train_batch_size": "8",
+    "replay_images_per_class": "2",
+    "replay_num_inference_steps": "2",
+    "fisher_samples": "8",
+    "eval_images_per_class": "4",
+    "eval_num_inference_steps": "2",
+    "checkpointing_steps": "1",
+    "checkpoints_total_limit": "null",
+    "report_to": "none",
+    "num_threads": "1",
+}
+
+
+def tiny_files(folder: Path) -> Path:
+    """Returns a folder with `unet.json` and `extractor/`, an untrained image classifier of the ten digits."""
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "unet.json").exists():
+            torch.manual_seed(0)
+            config = ResNetConfig(
+                embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic", num_labels=10
+            )
+            config.id2label, config.label2id = {i: str(i) for i in range(10)}, {str(i): i for i in range(10)}
+            ResNetForImageClassification(config).save_pretrained(folder / "extractor")
+            ConvNextImageProcessor(size={"shortest_edge": 32}, crop_pct=1.0).save_pretrained(folder / "extractor")
+            (folder / "unet.json").write_text(json.dumps(UNET))
+    return folder
+
+
+def shared_folder(tmp_path_factory) -> Path:
+    """Returns a temporary folder that all workers of a pytest session see."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+def arguments(files: Path, output_dir: Path, *extra: str, **settings) -> list[str]:
+    """Returns a command line: configs/digits.yaml, `SETTINGS`, `settings` over both, then `extra`."""
+    values = {
+        **SETTINGS,
+        "model_config_name_or_path": files / "unet.json",
+        "feature_extractor": files / "extractor",
+        "cache_dir": files / "cache",
+        "output_dir": output_dir,
+        **settings,
+    }
+    command = ["--config", str(ROOT / "configs" / "digits.yaml")]
+    for key, value in values.items():
+        if value is not None:
+            command += [f"--{key}", str(value)]
+    return [*command, *extra]
+
+
+def run(command: list[str]) -> int:
+    """Returns the exit code of `train_continual.run`, in this process, with Accelerate's state and threads put back."""
+    threads = torch.get_num_threads()
+    try:
+        return train_continual.run(command)
+    finally:
+        torch.set_num_threads(threads)
+        with contextlib.suppress(Exception):
+            torch.distributed.destroy_process_group()
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+
+def environment(files: Path) -> dict[str, str]:
+    """Returns the environment of a new process: no network, no GPU, nothing of the user's."""
+    dead = "http://127.0.0.1:9"
+    return {
+        **{key: value for key, value in os.environ.items() if not key.startswith(("HF_", "ACCELERATE_"))},
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(files / "hf"),
+        "TORCH_HOME": str(files / "torch"),
+        "ACCELERATE_USE_CPU": "1",
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        **{name: dead for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")},
+    }
+
+
+def start(files: Path, command: list[str], launcher: tuple[str, ...] = ()) -> subprocess.Popen:
+    """Starts `python [launcher] train_continual.py` in a new process."""
+    return subprocess.Popen(
+        [sys.executable, *launcher, str(ROOT / "train_continual.py"), *command],
+        cwd=ROOT,
+        env=environment(files),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def read_log(output_dir: Path) -> list[dict]:
+    """Returns the lines of train_log.jsonl."""
+    return [json.loads(line) for line in (output_dir / "logs" / "train_log.jsonl").read_text().splitlines()]
+
+
+def write_images(folder: Path, classes: dict[str, int], size: int = 8) -> Path:
+    """Writes an imagefolder of grey squares, `classes` names and counts."""
+    for shade, (name, count) in enumerate(classes.items()):
+        (folder / name).mkdir(parents=True)
+        for index in range(count):
+            Image.new("L", (size, size), 40 * shade + index).save(folder / name / f"{index:02d}.png")
+    return folder
