@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -26,21 +27,36 @@ UNET = {
     "attention_head_dim": 8,
     "norm_num_groups": 4,
 }
-# Two tasks of three steps, with everything that the preset has; sampling and measuring are as short as they can be.
+# Two tasks of five steps, with everything that the preset has; sampling and measuring are as short as they can be. Shards
+# of three images leave several for two processes to share out.
 SETTINGS = {
     "tasks": "[[0, 1], [2, 3]]",
     "classes_per_task": "null",
-    "max_train_steps": "3",
+    "max_train_steps": "5",
+    "lr_warmup_steps": "1",
     "train_batch_size": "8",
     "replay_images_per_class": "2",
     "replay_num_inference_steps": "2",
+    "replay_batch_size": "3",
     "fisher_samples": "8",
     "eval_images_per_class": "4",
     "eval_num_inference_steps": "2",
+    "eval_batch_size": "3",
     "checkpointing_steps": "1",
     "checkpoints_total_limit": "null",
     "report_to": "none",
     "num_threads": "1",
+}
+
+
+# All that can be lost when a run is interrupted. Cosine with warm-up (the preset's) moves the learning rate at every step.
+EVERYTHING = {
+    "gradient_accumulation_steps": 2,
+    "dataloader_num_workers": 2,
+    "use_ema": "true",
+    "random_flip": "true",
+    "penalty_mode": "loss",
+    "replay_refresh": "once",
 }
 
 
@@ -63,6 +79,36 @@ def shared_folder(tmp_path_factory) -> Path:
     """Returns a temporary folder that all workers of a pytest session see."""
     base = tmp_path_factory.getbasetemp()
     return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+def finished_run(tmp_path_factory, name: str, **settings) -> Path:
+    """Returns the folder of a finished run, which the first worker that asks for it makes."""
+    shared = shared_folder(tmp_path_factory)
+    files = tiny_files(shared / "tiny")
+    with FileLock(f"{shared / name}.lock"):
+        if not (shared / name / "status.json").exists():
+            assert run(arguments(files, shared / name, **settings)) == 0
+    return shared / name
+
+
+def interrupted_copy(whole: Path, output_dir: Path, last_step: int, num_tasks: int, replay: bool) -> Path:
+    """Copies a finished run of two tasks as it was after `last_step`, with `num_tasks` published tasks."""
+    shutil.copytree(whole, output_dir)
+    for checkpoint in output_dir.glob("checkpoint-*"):
+        if int(checkpoint.name.removeprefix("checkpoint-")) > last_step:
+            shutil.rmtree(checkpoint)
+    for task in range(num_tasks, 2):
+        shutil.rmtree(output_dir / f"task-{task:02d}")
+        (output_dir / "samples" / f"task-{task:02d}.png").unlink()
+    for name in ("metrics.json", "report.md", "run.json", "status.json"):
+        (output_dir / name).unlink()
+    shutil.rmtree(output_dir / "plots")
+    if not replay:
+        shutil.rmtree(output_dir / "replay")
+    # What a kill in the middle of writing leaves.
+    (output_dir / f".partial-checkpoint-{last_step + 1}").mkdir()
+    (output_dir / f".partial-checkpoint-{last_step + 1}" / "model.safetensors").write_bytes(b"half")
+    return output_dir
 
 
 def arguments(files: Path, output_dir: Path, *extra: str, **settings) -> list[str]:
@@ -106,7 +152,7 @@ def environment(files: Path) -> dict[str, str]:
         "ACCELERATE_USE_CPU": "1",
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
-        **{name: dead for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")},
+        **dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), dead),
     }
 
 
@@ -128,9 +174,9 @@ def read_log(output_dir: Path) -> list[dict]:
 
 
 def write_images(folder: Path, classes: dict[str, int], size: int = 8) -> Path:
-    """Writes an imagefolder of grey squares, `classes` names and counts."""
-    for shade, (name, count) in enumerate(classes.items()):
+    """Writes an imagefolder of plain grey images: class k has the grey levels 40 k, 40 k + 1, ..."""
+    for number, (name, count) in enumerate(classes.items()):
         (folder / name).mkdir(parents=True)
         for index in range(count):
-            Image.new("L", (size, size), 40 * shade + index).save(folder / name / f"{index:02d}.png")
+            Image.new("L", (size, size), 40 * number + index).save(folder / name / f"{index:02d}.png")
     return folder

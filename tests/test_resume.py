@@ -7,22 +7,20 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from script_helpers import arguments, read_log, run, shared_folder, start, tiny_files
+from script_helpers import (
+    EVERYTHING,
+    arguments,
+    finished_run,
+    interrupted_copy,
+    read_log,
+    run,
+    shared_folder,
+    start,
+    tiny_files,
+)
 
 
-# Cosine with warm-up (the preset's) moves the learning rate at every step, so a lost schedule is seen.
-VARIANTS = {
-    "plain": {"max_train_steps": 4},
-    "everything": {
-        "max_train_steps": 4,
-        "gradient_accumulation_steps": 2,
-        "dataloader_num_workers": 2,
-        "use_ema": "true",
-        "random_flip": "true",
-        "penalty_mode": "loss",
-        "replay_refresh": "once",
-    },
-}
+VARIANTS = {"plain": {}, "everything": EVERYTHING}
 
 
 @pytest.fixture(scope="module")
@@ -31,36 +29,9 @@ def files(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole_run(files, tmp_path_factory):
-    """Returns the folder of the uninterrupted run of a variant, with all its checkpoints: steps 1-4 and 5-8."""
-    folders = {}
-
-    def of(variant: str) -> Path:
-        if variant not in folders:
-            folders[variant] = tmp_path_factory.mktemp(variant) / "run"
-            assert run(arguments(files, folders[variant], **VARIANTS[variant])) == 0
-        return folders[variant]
-
-    return of
-
-
-def interrupted(whole: Path, output_dir: Path, last_step: int, num_tasks: int, replay: bool, partial: bool) -> Path:
-    """Copies a run as it was after `last_step`, with `num_tasks` published tasks."""
-    shutil.copytree(whole, output_dir)
-    for step in range(last_step + 1, 9):
-        shutil.rmtree(output_dir / f"checkpoint-{step}")
-    for task in range(num_tasks, 2):
-        shutil.rmtree(output_dir / f"task-{task:02d}")
-        (output_dir / "samples" / f"task-{task:02d}.png").unlink()
-    for name in ("metrics.json", "report.md", "run.json", "status.json"):
-        (output_dir / name).unlink()
-    shutil.rmtree(output_dir / "plots")
-    if not replay:
-        shutil.rmtree(output_dir / "replay")
-    if partial:
-        (output_dir / f".partial-checkpoint-{last_step + 1}").mkdir()
-        (output_dir / f".partial-checkpoint-{last_step + 1}" / "model.safetensors").write_bytes(b"half")
-    return output_dir
+def whole_run(tmp_path_factory):
+    """Returns the folder of the uninterrupted run of a variant, with all its checkpoints: steps 1-5 and 6-10."""
+    return lambda variant: finished_run(tmp_path_factory, variant, **VARIANTS[variant])
 
 
 def assert_equal_runs(output_dir: Path, whole: Path) -> None:
@@ -80,35 +51,33 @@ def assert_equal_runs(output_dir: Path, whole: Path) -> None:
     [
         pytest.param("plain", 0, 0, False, id="before-the-first-checkpoint"),
         pytest.param("plain", 2, 0, False, id="in-task-0"),
-        pytest.param("plain", 4, 0, False, id="task-0-trained-not-published"),
-        pytest.param("plain", 4, 1, False, id="task-0-published"),
-        pytest.param("plain", 4, 1, True, id="replay-generated"),
-        pytest.param("plain", 6, 1, True, id="in-task-1"),
-        pytest.param("plain", 6, 1, False, id="in-task-1-replay-lost"),
-        pytest.param("plain", 8, 1, True, id="task-1-trained-not-published"),
-        pytest.param("plain", 8, 2, True, id="task-1-published-not-reported"),
+        pytest.param("plain", 5, 0, False, id="task-0-trained-not-published"),
+        pytest.param("plain", 5, 1, True, id="task-0-published-replay-generated"),
+        pytest.param("plain", 8, 1, False, id="in-task-1-replay-lost"),
+        pytest.param("plain", 10, 1, True, id="task-1-trained-not-published"),
+        pytest.param("plain", 10, 2, True, id="task-1-published-not-reported"),
         pytest.param("everything", 1, 0, False, id="everything-in-task-0"),
-        pytest.param("everything", 4, 0, False, id="everything-task-0-trained-not-published"),
-        pytest.param("everything", 7, 1, True, id="everything-in-task-1"),
+        pytest.param("everything", 5, 0, False, id="everything-task-0-trained-not-published"),
+        pytest.param("everything", 9, 1, True, id="everything-in-task-1"),
     ],
 )
 def test_an_interrupted_run_ends_like_one_that_was_not(
     whole_run, files, tmp_path, variant, last_step, num_tasks, replay
 ):
     whole = whole_run(variant)
-    output_dir = interrupted(whole, tmp_path / "run", last_step, num_tasks, replay, partial=last_step < 8)
+    output_dir = interrupted_copy(whole, tmp_path / "run", last_step, num_tasks, replay)
     steps = len(read_log(output_dir))
     assert run(arguments(files, output_dir, **VARIANTS[variant])) == 0
     # It went on: only the missing steps were trained.
-    assert len(read_log(output_dir)) == steps + 8 - last_step
+    assert len(read_log(output_dir)) == steps + 10 - last_step
     assert_equal_runs(output_dir, whole)
 
 
 def test_killed_twice(whole_run, files, tmp_path):
     """Two real SIGKILLs, each within the writing or the steps that follow a checkpoint, then the same command."""
     whole, output_dir = whole_run("plain"), tmp_path / "run"
-    command = arguments(files, output_dir, **VARIANTS["plain"])
-    for checkpoint in ("checkpoint-2", "checkpoint-6"):
+    command = arguments(files, output_dir)
+    for checkpoint in ("checkpoint-2", "checkpoint-7"):
         process = start(files, command)
         deadline = time.monotonic() + 120
         while not (output_dir / checkpoint).exists() and process.poll() is None and time.monotonic() < deadline:
@@ -126,7 +95,7 @@ def test_a_finished_run_is_left_alone(whole_run, files, tmp_path, capfd):
     output_dir = tmp_path / "run"
     shutil.copytree(whole_run("plain"), output_dir)
     before = {path: path.read_bytes() for path in output_dir.rglob("*") if path.is_file()}
-    assert run(arguments(files, output_dir, **VARIANTS["plain"])) == 0
+    assert run(arguments(files, output_dir)) == 0
     assert "finished" in capfd.readouterr().out
     after = {path: path.read_bytes() for path in output_dir.rglob("*") if path.is_file()}
     changed = {path.name for path in before.keys() | after.keys() if before.get(path) != after.get(path)}
@@ -139,54 +108,54 @@ def test_resume_from_checkpoint_goes_back(whole_run, files, tmp_path):
     shutil.rmtree(output_dir / "task-01")
     steps = len(read_log(output_dir))
     checkpoint = output_dir / "checkpoint-3"
-    assert run(arguments(files, output_dir, resume_from_checkpoint=checkpoint, **VARIANTS["plain"])) == 0
-    # Step 4 of task 0, then all of task 1.
-    assert [line["step"] for line in read_log(output_dir)[steps:]] == [4, 5, 6, 7, 8]
+    assert run(arguments(files, output_dir, resume_from_checkpoint=checkpoint)) == 0
+    # The rest of task 0, then all of task 1.
+    assert [line["step"] for line in read_log(output_dir)[steps:]] == [4, 5, 6, 7, 8, 9, 10]
     assert_equal_runs(output_dir, whole)
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over(whole_run, files, tmp_path, caplog):
     whole = whole_run("plain")
-    output_dir = interrupted(whole, tmp_path / "run", 7, 1, True, partial=False)
-    file = output_dir / "checkpoint-7" / "optimizer.safetensors"
+    output_dir = interrupted_copy(whole, tmp_path / "run", 9, 1, True)
+    file = output_dir / "checkpoint-9" / "optimizer.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
     steps = len(read_log(output_dir))
-    assert run(arguments(files, output_dir, **VARIANTS["plain"])) == 0
-    assert [line["step"] for line in read_log(output_dir)[steps:]] == [7, 8]
-    assert any("checkpoint-7" in message and "damaged" in message for message in caplog.messages)
+    assert run(arguments(files, output_dir)) == 0
+    assert [line["step"] for line in read_log(output_dir)[steps:]] == [9, 10]
+    assert any("checkpoint-9" in message and "damaged" in message for message in caplog.messages)
     assert_equal_runs(output_dir, whole)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing"])
 def test_a_damaged_task_folder_stops_the_run(whole_run, files, tmp_path, capfd, damage):
-    output_dir = interrupted(whole_run("plain"), tmp_path / "run", 4, 1, False, partial=False)
+    output_dir = interrupted_copy(whole_run("plain"), tmp_path / "run", 5, 1, False)
     file = output_dir / "task-00" / "unet" / "diffusion_pytorch_model.safetensors"
     content = file.read_bytes()
     file.unlink()
     if damage == "truncated":
         file.write_bytes(content[:-10])
-    assert run(arguments(files, output_dir, **VARIANTS["plain"])) == 4
+    assert run(arguments(files, output_dir)) == 4
     assert file.name in capfd.readouterr().err
     status = json.loads((output_dir / "status.json").read_text())
     assert status["exit_code"] == 4 and file.name in status["message"]
 
 
 def test_a_checkpoint_that_is_not_there(whole_run, files, tmp_path, capfd):
-    output_dir = interrupted(whole_run("plain"), tmp_path / "run", 2, 0, False, partial=False)
+    output_dir = interrupted_copy(whole_run("plain"), tmp_path / "run", 2, 0, False)
     missing = tmp_path / "checkpoint-99"
-    assert run(arguments(files, output_dir, resume_from_checkpoint=missing, **VARIANTS["plain"])) == 4
+    assert run(arguments(files, output_dir, resume_from_checkpoint=missing)) == 4
     assert str(missing) in capfd.readouterr().err
 
 
 def test_operational_keys_may_change_and_others_may_not(whole_run, files, tmp_path, capfd):
     whole = whole_run("plain")
-    output_dir = interrupted(whole, tmp_path / "run", 6, 1, True, partial=False)
-    assert run(arguments(files, output_dir, **{**VARIANTS["plain"], "learning_rate": 5e-4})) == 2
+    output_dir = interrupted_copy(whole, tmp_path / "run", 8, 1, True)
+    assert run(arguments(files, output_dir, learning_rate=5e-4)) == 2
     error = capfd.readouterr().err
     assert "learning_rate" in error and "0.0005" in error and "0.001" in error
-    changed = {"checkpointing_steps": 7, "checkpoints_total_limit": 1, "dataloader_num_workers": 1}
-    assert run(arguments(files, output_dir, **VARIANTS["plain"], **changed)) == 0
+    changed = {"checkpointing_steps": 4, "checkpoints_total_limit": 1, "dataloader_num_workers": 1}
+    assert run(arguments(files, output_dir, **changed)) == 0
     assert_equal_runs(output_dir, whole)
-    assert [path.name for path in output_dir.glob("checkpoint-*")] == ["checkpoint-8"]
+    assert [path.name for path in output_dir.glob("checkpoint-*")] == ["checkpoint-10"]
