@@ -44,7 +44,7 @@ from diffusers_cl.config import NUM_TRAIN_TIMESTEPS, OPERATIONAL_KEYS, TrainingC
 from diffusers_cl.data import load_splits
 from diffusers_cl.draws import FisherBatches
 from diffusers_cl.errors import CheckpointError, ConfigError, NonFiniteError, RunError
-from diffusers_cl.evaluation import Evaluation, class_grid_columns, image_grid, nearest_training_images
+from diffusers_cl.evaluation import Evaluation, class_grid_columns, nearest_training_images
 from diffusers_cl.features import resolve_feature_extractor
 from diffusers_cl.hub import CONSOLIDATION, finished_tasks, task_folder, write_task_folder
 from diffusers_cl.losses import denoising_losses, training_target
@@ -54,7 +54,7 @@ from diffusers_cl.randomness import derive_seed
 from diffusers_cl.replay import replay_weights
 from diffusers_cl.replay_images import replay_images_for_task
 from diffusers_cl.report import key_table, write_report
-from diffusers_cl.sampling import sample_images
+from diffusers_cl.sampling import image_grid, sample_images
 from diffusers_cl.tasks import StepBatches, TaskImages, keep_batch, resolve_tasks
 
 

@@ -2,9 +2,7 @@
 
 from collections.abc import Callable
 
-import PIL.Image
 import torch
-from diffusers.utils import make_image_grid
 
 from .config import TrainingConfig
 from .data import ImageSplit, cap_per_class
@@ -13,23 +11,9 @@ from .metrics import accuracy_by_class, floor, summarize, task_metrics
 from .report import HIGHER_IS_BETTER
 
 
-# Images a class in a sample grid, and the least width of an image in it, in pixels.
+# Images a class in a sample grid, and the most classes that it shows.
 GRID_COLUMNS = 10
-GRID_IMAGE_SIZE = 32
 MAX_GRID_ROWS = 100
-
-
-def image_grid(images: torch.Tensor, columns: int) -> PIL.Image.Image:
-    """
-    Returns uint8 images of shape `(rows * columns, channels, height, width)` as one picture, small ones enlarged by a
-    whole factor.
-    """
-    scale = -(-GRID_IMAGE_SIZE // min(images.shape[-2:]))
-    arrays = images.permute(0, 2, 3, 1).squeeze(-1).numpy()
-    pictures = [PIL.Image.fromarray(array) for array in arrays]
-    size = (pictures[0].width * scale, pictures[0].height * scale)
-    enlarged = [picture.resize(size, PIL.Image.Resampling.NEAREST) for picture in pictures]
-    return make_image_grid(enlarged, rows=len(enlarged) // columns, cols=columns)
 
 
 class Evaluation:
@@ -75,7 +59,7 @@ class Evaluation:
 
         Returns:
             `{"metrics": {name: [on task 0, 1, ...]}, "class_accuracy": {...} or None, "num_images": [...]}`, and images
-            of shape `(classes * columns, channels, height, width)` for [`image_grid`].
+            of shape `(classes * columns, channels, height, width)` for [`sampling.image_grid`].
         """
         labels = [name for task in self.labels[:num_tasks] for name in task]
         counts: dict[str, int] = {}

@@ -2,11 +2,29 @@
 
 from collections.abc import Callable, Sequence
 
+import PIL.Image
 import torch
+from diffusers.utils import make_image_grid
 from tqdm.auto import tqdm
 
 from .pipeline import ClassConditionalPipeline, to_uint8
 from .randomness import starting_noise
+
+
+# Smaller images are enlarged by a whole number in a grid, so that 8x8 digits are legible; in pixels.
+GRID_IMAGE_SIZE = 64
+
+
+def to_pil(images: torch.Tensor) -> list[PIL.Image.Image]:
+    """Returns uint8 images of shape `(num_images, channels, height, width)`, with 1 or 3 channels, as pictures."""
+    return [PIL.Image.fromarray(array) for array in images.permute(0, 2, 3, 1).squeeze(-1).numpy()]
+
+
+def image_grid(images: torch.Tensor, columns: int) -> PIL.Image.Image:
+    """Returns uint8 images of shape `(rows * columns, channels, height, width)` as one picture."""
+    scale = -(-GRID_IMAGE_SIZE // min(images.shape[-2:]))
+    enlarged = images.repeat_interleave(scale, dim=-1).repeat_interleave(scale, dim=-2)
+    return make_image_grid(to_pil(enlarged), rows=len(images) // columns, cols=columns)
 
 
 @torch.no_grad()

@@ -3,8 +3,8 @@ Samples a trained model: one PNG an image and a grid with one row a class.
 
     python scripts/sample.py --model runs/digits/task-04 --classes 3 7 --num_images 10 --output_dir samples
 
-An image is a function of the model, the seed, its class and its index; another `--batch_size` or another choice of
-classes changes it by float rounding at most.
+An image is a function of the model, the seed, its class and its index: with the run's seed, the first ones are those of
+its evaluation. Another `--batch_size` or another choice of classes changes it by float rounding at most.
 """
 
 import argparse
@@ -13,17 +13,10 @@ import sys
 from pathlib import Path
 
 import torch
-from diffusers.utils import make_image_grid
-from PIL import Image
-from tqdm.auto import tqdm
 
 from diffusers_cl.errors import CheckpointError, ConfigError, RunError
 from diffusers_cl.pipeline import ClassConditionalPipeline
-from diffusers_cl.randomness import generator
-
-
-# Pixels: in the grid, images smaller than this are enlarged by a whole number, so that 8x8 digits are legible.
-MIN_GRID_IMAGE_SIZE = 64
+from diffusers_cl.sampling import image_grid, sample_images, to_pil
 
 
 def positive_int(text: str) -> int:
@@ -108,25 +101,20 @@ def sample(args: argparse.Namespace) -> Path:
     if args.num_inference_steps > num_train_timesteps:
         raise ConfigError(f"--num_inference_steps {args.num_inference_steps}: the model has {num_train_timesteps}")
 
-    pipeline.set_progress_bar_config(disable=True)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     rows = [(class_id, index) for class_id in class_ids for index in range(args.num_images)]
-    images = []
-    for start in tqdm(range(0, len(rows), args.batch_size), desc="Sampling"):
-        batch = rows[start : start + args.batch_size]
-        images += pipeline(
-            class_labels=[class_id for class_id, _ in batch],
-            generator=[generator(args.seed, "eval", class_id, index) for class_id, index in batch],
-            num_inference_steps=args.num_inference_steps,
-        ).images
-    for (class_id, index), image in zip(rows, images, strict=True):
-        image.save(args.output_dir / file_name(known[class_id], index))
-
-    scale = -(-MIN_GRID_IMAGE_SIZE // min(images[0].size))
-    size = (images[0].width * scale, images[0].height * scale)
-    enlarged = [image.resize(size, Image.Resampling.NEAREST) for image in images]
+    images = sample_images(
+        pipeline,
+        [class_id for class_id, _ in rows],
+        [("eval", known[class_id], index) for class_id, index in rows],
+        args.seed,
+        num_inference_steps=args.num_inference_steps,
+        batch_size=args.batch_size,
+    )
+    for (class_id, index), picture in zip(rows, to_pil(images), strict=True):
+        picture.save(args.output_dir / file_name(known[class_id], index))
     grid_file = args.output_dir / "grid.png"
-    make_image_grid(enlarged, rows=len(class_ids), cols=args.num_images).save(grid_file)
+    image_grid(images, args.num_images).save(grid_file)
     print(f"{grid_file}: rows are " + ", ".join(known[class_id] for class_id in class_ids))
     return grid_file
 

@@ -413,7 +413,9 @@ def test_curvature_equals_a_hessian_vector_product(tiny_unet, make_batches, loss
     parameters = list(reference.parameters())
     direction = [fisher.direction[name].double() for name, _ in reference.named_parameters()]
     with sdpa_kernel(SDPBackend.MATH):
-        loss = torch.cat([losses(reference, (x.double(), t, y, target.double())) for x, t, y, target in batches]).mean()
+        loss = torch.cat(
+            [losses(reference, (x.double(), t, y, target.double())) for x, t, y, target in batches]
+        ).mean()
         gradients = torch.autograd.grad(loss, parameters, create_graph=True)
         slope = sum((g * v).sum() for g, v in zip(gradients, direction, strict=True))
         products = torch.autograd.grad(slope, parameters)
@@ -544,7 +546,9 @@ def test_every_image_is_drawn_once_and_more_draws_have_new_noise(task_images):
 
 
 def test_timesteps_are_uniform_over_the_band(task_images):
-    timesteps = [row[1][0] for row in rows_of(draw(task_images, num_samples=400, timesteps=(667, 1000), batch_size=64))]
+    timesteps = [
+        row[1][0] for row in rows_of(draw(task_images, num_samples=400, timesteps=(667, 1000), batch_size=64))
+    ]
     assert min(timesteps) >= 667 and max(timesteps) <= 999
     # 400 draws, standard deviation 96: the mean is within 5 standard errors of 833.
     assert abs(np.mean(timesteps) - 833) < 5 * 96.1 / 20

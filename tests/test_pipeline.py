@@ -427,7 +427,7 @@ def test_sample_script(saved, tmp_path, sample_script):
             cell = pixels[row * 64 : row * 64 + 64, index * 64 : index * 64 + 64]
             assert np.array_equal(cell, image.repeat(8, axis=0).repeat(8, axis=1)[..., None].repeat(3, axis=2))
             class_id = [0, 1, 3][row]
-            expected = tiny_pipeline()(class_id, 3, generator=generator(0, "eval", class_id, index)).images[0]
+            expected = tiny_pipeline()(class_id, 3, generator=generator(0, "eval", name, index)).images[0]
             # One level of 255 where another batch size rounds the other way.
             assert np.abs(image.astype(int) - np.asarray(expected)).max() <= 1
 
