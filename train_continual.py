@@ -8,6 +8,7 @@ The order is that of diffusers' `examples/unconditional_image_generation/train_u
 
 import contextlib
 import copy
+import errno
 import json
 import logging
 import math
@@ -39,11 +40,18 @@ from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
 from diffusers_cl import DiagonalEWC, GenerativeDistillation, GenerativeReplay, Rank1EWC, __version__
-from diffusers_cl.checkpoint import load_checkpoint, newest_checkpoint, read_state, save_checkpoint, write_json
+from diffusers_cl.checkpoint import (
+    load_checkpoint,
+    newest_checkpoint,
+    read_state,
+    save_checkpoint,
+    write_json,
+    write_text,
+)
 from diffusers_cl.config import NUM_TRAIN_TIMESTEPS, OPERATIONAL_KEYS, TrainingConfig, parse_config, to_yaml
 from diffusers_cl.data import load_splits
 from diffusers_cl.draws import FisherBatches
-from diffusers_cl.errors import CheckpointError, ConfigError, NonFiniteError, RunError
+from diffusers_cl.errors import CheckpointError, ConfigError, NonFiniteError, RunError, StorageError
 from diffusers_cl.evaluation import Evaluation, class_grid_columns, nearest_training_images
 from diffusers_cl.features import resolve_feature_extractor
 from diffusers_cl.hub import CONSOLIDATION, finished_tasks, task_folder, write_task_folder
@@ -127,13 +135,12 @@ class RunRecord:
             seconds["total"] = seconds.get("total", 0.0) + elapsed
 
     def write(self) -> None:
-        """Writes `run.json`, on the main process."""
+        """Writes `run.json`."""
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         if self.accelerator.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated() / 2**30
         self.content["peak_memory_gib"] = max(self.content["peak_memory_gib"], peak)
-        if self.accelerator.is_main_process:
-            write_json(self.file, self.content)
+        write_json(self.file, self.content)
 
 
 def main(config: TrainingConfig) -> None:
@@ -207,7 +214,7 @@ def main(config: TrainingConfig) -> None:
         (output_dir / "logs").mkdir(parents=True, exist_ok=True)
         (output_dir / "samples").mkdir(exist_ok=True)
         if not (output_dir / "config.yaml").exists():
-            (output_dir / "config.yaml").write_text(to_yaml(config))
+            write_text(output_dir / "config.yaml", to_yaml(config))
     accelerator.wait_for_everyone()
 
     # Potentially go on from a previous run: after its last finished task, or within a task from a checkpoint.
@@ -298,6 +305,7 @@ def main(config: TrainingConfig) -> None:
             betas=(config.adam_beta1, config.adam_beta2),
             weight_decay=config.adam_weight_decay,
             eps=config.adam_epsilon,
+            fused=True,
         )
         lr_scheduler = get_scheduler(
             config.lr_scheduler,
@@ -313,6 +321,7 @@ def main(config: TrainingConfig) -> None:
                 use_ema_warmup=True,
                 inv_gamma=config.ema_inv_gamma,
                 power=config.ema_power,
+                foreach=True,
             )
             ema_model.to(device)
 
@@ -523,14 +532,23 @@ def main(config: TrainingConfig) -> None:
                 logger.info(f"Task {task}: {name} " + ", ".join(f"{value:.4g}" for value in metric["matrix"][-1]))
                 accelerator.log({f"eval/{name}": metric["average"][-1]}, step=global_step)
 
+        # The task folder comes last: once it is there, the task is finished.
         with record.phase("publish"):
             if accelerator.is_main_process:
+                folder = task_folder(output_dir, task)
                 columns = class_grid_columns(first_images, len(seen))
                 grid = image_grid(first_images, columns)
+                grid.save(output_dir / "samples" / f"{folder.name}.png")
+                if task == len(phases) - 1:
+                    (output_dir / "plots").mkdir(exist_ok=True)
+                    nearest = nearest_training_images(first_images, columns, seen[:20], train_split)
+                    image_grid(nearest, columns).save(output_dir / "plots" / "nearest.png")
                 if config.report_to == "tensorboard":
-                    accelerator.get_tracker("tensorboard").log_images(
-                        {"samples": first_images.numpy()}, step=global_step
-                    )
+                    tracker = accelerator.get_tracker("tensorboard")
+                    tracker.log_images({"samples": first_images.numpy()}, step=global_step)
+                write_json(output_dir / "metrics.json", metrics)
+                record.write()
+                write_report(output_dir)
                 state = {
                     "task": task,
                     "tasks": tasks,
@@ -542,21 +560,11 @@ def main(config: TrainingConfig) -> None:
                     "fisher": metrics["fisher"],
                 }
                 pipeline = ClassConditionalPipeline(unet, noise_scheduler, {class_ids[name]: name for name in seen})
-                write_task_folder(
-                    output_dir, pipeline, penalty, state, grid, config, lambda m=metrics: "\n".join(key_table(m))
-                )
-                grid.save(output_dir / "samples" / f"{task_folder(output_dir, task).name}.png")
-                write_json(output_dir / "metrics.json", metrics)
-                if task == len(phases) - 1:
-                    (output_dir / "plots").mkdir(exist_ok=True)
-                    nearest = nearest_training_images(first_images, columns, seen[:20], train_split)
-                    image_grid(nearest, columns).save(output_dir / "plots" / "nearest.png")
-        record.write()
-        if accelerator.is_main_process:
-            write_report(output_dir)
-        accelerator.wait_for_everyone()
+                write_task_folder(output_dir, pipeline, penalty, state, grid, config, key_table(metrics))
+            accelerator.wait_for_everyone()
 
     if accelerator.is_main_process:
+        record.write()
         train_log.close()
     accelerator.print(f"Done. The report is {output_dir / 'report.md'}")
     accelerator.end_training()
@@ -575,11 +583,16 @@ def run(arguments: list[str] | None = None) -> int:
     try:
         config = parse_config(arguments)
         output_dir = Path(config.output_dir)
-        main(config)
+        try:
+            main(config)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+                raise
+            raise StorageError(f"output_dir: cannot write {error.filename or output_dir}: {error.strerror}") from error
     except RunError as error:
         print(f"train_continual.py: error: {error}", file=sys.stderr)
         # A folder that holds another run keeps that run's status.
-        if output_dir is not None and not isinstance(error, ConfigError):
+        if output_dir is not None and not isinstance(error, (ConfigError, StorageError)):
             write_status(output_dir, error.exit_code, str(error))
         return error.exit_code
     write_status(output_dir, 0, "finished")

@@ -6,7 +6,6 @@ rename publishes it. Only safetensors and JSON are written; nothing is unpickled
 draw is a function of the seed and its purpose (see `randomness.py`).
 """
 
-import contextlib
 import hashlib
 import json
 import os
@@ -97,12 +96,17 @@ def verify_folder(path: str | Path, manifest_folder: str = ".") -> None:
             raise CheckpointError(f"{path}: {name} is damaged (its sha256 is not the manifest's)")
 
 
-def write_json(path: str | Path, content: dict) -> None:
-    """Replaces a JSON file in one step."""
+def write_text(path: str | Path, content: str) -> None:
+    """Replaces a file in one step."""
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.write_text(content)
     partial.replace(path)
+
+
+def write_json(path: str | Path, content: dict) -> None:
+    """Replaces a JSON file in one step."""
+    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def _optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
@@ -199,8 +203,7 @@ def load_checkpoint(
     model.load_state_dict(weights)
     for key, tensor in moments.items():
         quantity, name = key.split(".", 1)
-        # Adam keeps its step count on the CPU.
-        optimizer.state[parameters[name]][quantity] = tensor if quantity == "step" else tensor.to(device)
+        optimizer.state[parameters[name]][quantity] = tensor.to(device)
     if ema_model is not None:
         ema_model.shadow_params = [shadow[name].to(device) for name in parameters]
         ema_model.optimization_step = json.loads((checkpoint / STATE_NAME).read_text())["ema_step"]
@@ -219,12 +222,3 @@ def newest_checkpoint(output_dir: str | Path, task: int, warn: Callable[[str], N
         if state["task"] == task:
             return path, state
     return None
-
-
-@contextlib.contextmanager
-def storage_errors(what: str):
-    """Turns what the disk says into a [`StorageError`] that names what was being written."""
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(f"cannot write {what}: {error.strerror or error}") from error

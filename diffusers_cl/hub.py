@@ -1,7 +1,6 @@
 """Task folders: a complete diffusers model repo for every finished task, with its card and what going on needs."""
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -53,7 +52,7 @@ def write_task_folder(
     state: dict,
     samples: PIL.Image.Image,
     config: TrainingConfig,
-    report: Callable[[], str],
+    results: list[str],
 ) -> Path:
     """
     Publishes the folder of a finished task: what is pushed to the Hub, and where the run goes on from.
@@ -65,7 +64,7 @@ def write_task_folder(
         state (`dict`): JSON for `consolidation/state.json`: task, tasks, class_ids, rows, lineage.
         samples (`PIL.Image.Image`): the sample grid.
         config ([`TrainingConfig`]).
-        report: returns the Markdown of the results, for the card.
+        results (`list[str]`): lines of Markdown for the card.
     """
 
     def write(folder: Path) -> None:
@@ -82,14 +81,14 @@ def write_task_folder(
             "config": asdict(config),
         }
         (folder / CONSOLIDATION / STATE_NAME).write_text(json.dumps(content, indent=1) + "\n")
-        (folder / "README.md").write_text(model_card(pipeline, state, config, report()))
+        (folder / "README.md").write_text(model_card(pipeline, state, config, results))
 
     path = task_folder(output_dir, state["task"])
     publish_folder(path, write, CONSOLIDATION)
     return path
 
 
-def model_card(pipeline: ClassConditionalPipeline, state: dict, config: TrainingConfig, results: str) -> str:
+def model_card(pipeline: ClassConditionalPipeline, state: dict, config: TrainingConfig, results: list[str]) -> str:
     """Returns the README.md of a task folder: what the model draws, how to sample it, how it was made and measured."""
     known = list(pipeline.known_classes.values())
     dataset = config.dataset_name or config.train_data_dir
@@ -100,7 +99,8 @@ def model_card(pipeline: ClassConditionalPipeline, state: dict, config: Training
         "pipeline_tag: unconditional-image-generation",
     ]
     front += ["tags:", "- diffusers-cl", "- continual-learning", "- class-conditional", "---"]
-    order = "\n".join(f"{number}. {', '.join(names)}" for number, names in enumerate(state["tasks"]))
+    learned = [names for names in state["tasks"] if set(names) <= set(known)]
+    order = "\n".join(f"{number}. {', '.join(names)}" for number, names in enumerate(learned, start=1))
     return (
         "\n".join(front)
         + f"""
@@ -108,7 +108,7 @@ def model_card(pipeline: ClassConditionalPipeline, state: dict, config: Training
 # {dataset}, after task {state["task"]}
 
 A class-conditional diffusion model (`{type(pipeline.unet).__name__}`, {config.resolution}x{config.resolution} pixels) that
-learned its classes task by task with [diffusers-cl](https://pypi.org/project/diffusers-cl) {__version__}. It draws
+learned its classes task by task with diffusers-cl {__version__}. It draws
 {len(known)} classes: {", ".join(known[:50])}{", ..." if len(known) > 50 else ""}.
 
 ![one row a class](samples.png)
@@ -126,7 +126,7 @@ With diffusers-cl installed, `ClassConditionalPipeline.from_pretrained(...)` loa
 
 ## The stream
 
-Classes of task 0, 1, ...; this is the model after task {state["task"]}:
+The classes in the order in which it learned them:
 
 {order}
 
@@ -135,6 +135,7 @@ Classes of task 0, 1, ...; this is the model after task {state["task"]}:
 
 ## Results
 
-{results}
 """
+        + "\n".join(results)
+        + "\n"
     )
