@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import PIL.Image
 import torch
-from diffusers.utils import make_image_grid
+from torchvision.utils import make_grid
 from tqdm.auto import tqdm
 
 from .pipeline import ClassConditionalPipeline, to_uint8
@@ -13,6 +13,8 @@ from .randomness import starting_noise
 
 # Smaller images are enlarged by a whole number in a grid, so that 8x8 digits are legible; in pixels.
 GRID_IMAGE_SIZE = 64
+GRID_PADDING = 4
+GRID_PADDING_VALUE = 96
 
 
 def to_pil(images: torch.Tensor) -> list[PIL.Image.Image]:
@@ -24,7 +26,8 @@ def image_grid(images: torch.Tensor, columns: int) -> PIL.Image.Image:
     """Returns uint8 images of shape `(rows * columns, channels, height, width)` as one picture."""
     scale = -(-GRID_IMAGE_SIZE // min(images.shape[-2:]))
     enlarged = images.repeat_interleave(scale, dim=-1).repeat_interleave(scale, dim=-2)
-    return make_image_grid(to_pil(enlarged), rows=len(images) // columns, cols=columns)
+    grid = make_grid(enlarged, nrow=columns, padding=GRID_PADDING, pad_value=GRID_PADDING_VALUE)
+    return to_pil(grid[None])[0]
 
 
 @torch.no_grad()

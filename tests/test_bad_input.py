@@ -91,9 +91,9 @@ def test_a_class_by_name_and_by_id(files, tmp_path, capfd):
 
 def test_too_few_images_to_measure(files, tmp_path, capfd):
     # A fifth of five is one, and one image has no covariance.
-    folder = write_images(tmp_path / "data", {"cat": 5, "dog": 5})
-    settings = {"dataset_name": "null", "train_data_dir": folder, "tasks": "[[cat], [dog]]"}
-    assert_refused(files, tmp_path, capfd, 3, ["cat"], **settings)
+    folder = write_images(tmp_path / "data", {"0": 5, "1": 5})
+    settings = {"dataset_name": "null", "train_data_dir": folder, "tasks": "[[0], [1]]"}
+    assert_refused(files, tmp_path, capfd, 3, ["'0'"], **settings)
 
 
 def test_the_least_number_of_evaluated_images_works(files, tmp_path):
@@ -106,26 +106,26 @@ def test_the_least_number_of_evaluated_images_works(files, tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_corrupt_image_names_its_row(files, tmp_path, capfd, workers):
-    folder = write_images(tmp_path / "data", {"cat": 20, "dog": 20})
-    # Truncated: it is an image by its first bytes, and fails only when it is read. The rows 20 to 39 are dogs.
-    files_of_dogs = sorted((folder / "dog").iterdir())
-    for file in files_of_dogs:
+    folder = write_images(tmp_path / "data", {"0": 20, "1": 20})
+    # Truncated: it is an image by its first bytes, and fails only when it is read. Rows 20 to 39 show the class 1.
+    second_class = sorted((folder / "1").iterdir())
+    for file in second_class:
         noise = np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)
         Image.fromarray(noise).save(file)
-    content = files_of_dogs[7].read_bytes()
+    content = second_class[7].read_bytes()
     for split in ("train", "test"):
         (tmp_path / "split" / split).mkdir(parents=True)
-    files_of_dogs[7].write_bytes(content[: len(content) // 2])
-    for name in ("cat", "dog"):
+    second_class[7].write_bytes(content[: len(content) // 2])
+    for name in ("0", "1"):
         (tmp_path / "split" / "test" / name).mkdir()
         for file in sorted((folder / name).iterdir())[-4:]:
             (tmp_path / "split" / "test" / name / file.name).write_bytes(file.read_bytes())
         (folder / name).rename(tmp_path / "split" / "train" / name)
-    settings = {"dataset_name": "null", "train_data_dir": tmp_path / "split", "tasks": "[[cat], [dog]]"}
+    settings = {"dataset_name": "null", "train_data_dir": tmp_path / "split", "tasks": "[[0], [1]]"}
     settings |= {"replay": "none", "penalty": "none", "train_batch_size": 20, "max_train_steps": 1}
     assert run(arguments(files, tmp_path / "run", dataloader_num_workers=workers, **settings)) == 3
     message = message_of(capfd.readouterr().err)
-    assert "row 27" in message and "'train'" in message and files_of_dogs[7].name in message
+    assert "row 27" in message and "'train'" in message and second_class[7].name in message
     # The task before it is finished and stays; the error is on record.
     assert (tmp_path / "run" / "task-00").exists() and not (tmp_path / "run" / "task-01").exists()
     status = json.loads((tmp_path / "run" / "status.json").read_text())

@@ -418,13 +418,15 @@ def test_sample_script(saved, tmp_path, sample_script):
 
     with Image.open(everything / "grid.png") as grid:
         pixels = np.asarray(grid)
-    assert pixels.shape == (3 * 64, 3 * 64, 3)
+    # Images of 64 pixels with 4 pixels around each.
+    assert pixels.shape == (3 * 68 + 4, 3 * 68 + 4, 3)
     for row, name in enumerate(["cat", "7", "dog"]):
         for index in range(3):
             with Image.open(everything / f"{name}-{index:03d}.png") as image:
                 assert image.size == (8, 8) and image.mode == "L"
                 image = np.asarray(image)
-            cell = pixels[row * 64 : row * 64 + 64, index * 64 : index * 64 + 64]
+            top, left = 4 + row * 68, 4 + index * 68
+            cell = pixels[top : top + 64, left : left + 64]
             assert np.array_equal(cell, image.repeat(8, axis=0).repeat(8, axis=1)[..., None].repeat(3, axis=2))
             class_id = [0, 1, 3][row]
             expected = tiny_pipeline()(class_id, 3, generator=generator(0, "eval", name, index)).images[0]
