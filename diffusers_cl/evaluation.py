@@ -43,6 +43,14 @@ class Evaluation:
             split = cap_per_class(test, names, config.eval_images_per_class)
             self.labels.append([split.names[label] for label in split.labels])
             self.real.append(extractor(split.decode(range(len(split.labels)))))
+        self.info = dict(extractor.info)
+        if extractor.class_names is not None:
+            pairs = [
+                pair
+                for names, (_, found) in zip(self.labels, self.real, strict=True)
+                for pair in zip(names, found, strict=True)
+            ]
+            self.info["test_accuracy"] = sum(name == predicted for name, predicted in pairs) / len(pairs)
         self.floor = floor([features for features, _ in self.real], self.labels, extractor.name)
 
     def __call__(
@@ -104,7 +112,7 @@ class Evaluation:
         }
         return {
             "feature_extractor": self.extractor.name,
-            "feature_extractor_info": self.extractor.info,
+            "feature_extractor_info": self.info,
             "num_images": [row["num_images"] for row in rows],
             "floor": self.floor,
             "metrics": metrics,

@@ -29,26 +29,31 @@ UNET = {
 }
 # Two tasks of five steps, with everything that the preset has; sampling and measuring are as short as they can be. Shards
 # of three images leave several for two processes to share out.
-SETTINGS = {
-    "tasks": "[[0, 1], [2, 3]]",
-    "classes_per_task": "null",
-    "max_train_steps": "5",
-    "lr_warmup_steps": "1",
-    "train_batch_size": "8",
-    "replay_images_per_class": "2",
-    "replay_num_inference_steps": "2",
-    "replay_batch_size": "3",
-    "fisher_samples": "8",
-    "eval_images_per_class": "4",
-    "eval_num_inference_steps": "2",
-    "eval_batch_size": "3",
-    "checkpointing_steps": "1",
-    "checkpoints_total_limit": "null",
-    "report_to": "none",
-    "num_threads": "1",
-}
-
-
+SETTINGS = """
+tasks: [[0, 1], [2, 3]]
+classes_per_task: null
+max_train_steps: 5
+train_batch_size: 8
+learning_rate: 0.001
+lr_scheduler: cosine
+lr_warmup_steps: 1
+use_ema: false
+penalty: rank1_ewc
+penalty_mode: decoupled
+ewc_lambda: auto
+fisher_samples: 8
+replay: generative_distillation
+replay_images_per_class: 2
+replay_num_inference_steps: 2
+replay_batch_size: 3
+eval_images_per_class: 4
+eval_num_inference_steps: 2
+eval_batch_size: 3
+checkpointing_steps: 1
+checkpoints_total_limit: null
+report_to: none
+num_threads: 1
+"""
 # All that can be lost when a run is interrupted. Cosine with warm-up (the preset's) moves the learning rate at every step.
 EVERYTHING = {
     "gradient_accumulation_steps": 2,
@@ -61,7 +66,7 @@ EVERYTHING = {
 
 
 def tiny_files(folder: Path) -> Path:
-    """Returns a folder with `unet.json` and `extractor/`, an untrained image classifier of the ten digits."""
+    """Returns a folder with `settings.yaml`, `unet.json` and `extractor/`, an untrained image classifier of the ten digits."""
     with FileLock(f"{folder}.lock"):
         if not (folder / "unet.json").exists():
             torch.manual_seed(0)
@@ -71,6 +76,7 @@ def tiny_files(folder: Path) -> Path:
             config.id2label, config.label2id = {i: str(i) for i in range(10)}, {str(i): i for i in range(10)}
             ResNetForImageClassification(config).save_pretrained(folder / "extractor")
             ConvNextImageProcessor(size={"shortest_edge": 32}, crop_pct=1.0).save_pretrained(folder / "extractor")
+            (folder / "settings.yaml").write_text(SETTINGS)
             (folder / "unet.json").write_text(json.dumps(UNET))
     return folder
 
@@ -112,20 +118,18 @@ def interrupted_copy(whole: Path, output_dir: Path, last_step: int, num_tasks: i
 
 
 def arguments(files: Path, output_dir: Path, *extra: str, **settings) -> list[str]:
-    """Returns a command line: configs/digits.yaml, `SETTINGS`, `settings` over both, then `extra`."""
+    """Returns a command line: configs/digits.yaml, `SETTINGS` over it, then `extra`, and `settings` over all."""
     values = {
-        **SETTINGS,
         "model_config_name_or_path": files / "unet.json",
         "feature_extractor": files / "extractor",
         "cache_dir": files / "cache",
         "output_dir": output_dir,
         **settings,
     }
-    command = ["--config", str(ROOT / "configs" / "digits.yaml")]
+    command = ["--config", str(ROOT / "configs" / "digits.yaml"), "--config", str(files / "settings.yaml"), *extra]
     for key, value in values.items():
-        if value is not None:
-            command += [f"--{key}", str(value)]
-    return [*command, *extra]
+        command += [f"--{key}", str(value)]
+    return command
 
 
 def run(command: list[str]) -> int:

@@ -72,14 +72,12 @@ def test_configuration(files, tmp_path, capfd, settings, words):
         ({"eval_split": "train"}, ["eval_split", "'train'"]),
         ({"num_class_embeds": 3}, ["num_class_embeds", "3", "4"]),
         ({"dataset_name": "nobody/nothing"}, ["nobody/nothing"]),
-        ({"dataset_name": None, "train_data_dir": "/nowhere"}, ["train_data_dir", "/nowhere"]),
+        ({"dataset_name": "null", "train_data_dir": "/nowhere"}, ["train_data_dir", "/nowhere"]),
         ({"feature_extractor": "/nowhere/extractor"}, ["feature_extractor", "/nowhere/extractor", "classifier"]),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
 def test_data(files, tmp_path, capfd, settings, words):
-    if "train_data_dir" in settings:
-        settings = {**settings, "dataset_name": "null"}
     assert_refused(files, tmp_path, capfd, 3, words, **settings)
 
 

@@ -163,11 +163,10 @@ def replace_file(path, name: str, change) -> None:
         ("model.safetensors", lambda tensors: tensors.update({"1.bias": torch.zeros(2)})),
         ("optimizer.safetensors", lambda tensors: tensors.update({"exp_avg.5.weight": torch.zeros(2)})),
         ("optimizer.safetensors", lambda tensors: tensors.update({"exp_avg.1.bias": torch.zeros(2)})),
-        ("optimizer.safetensors", lambda tensors: tensors.pop("exp_avg.1.bias")),
         ("ema.safetensors", lambda tensors: tensors.pop("0.weight")),
         ("ema.safetensors", lambda tensors: tensors.update({"1.bias": torch.zeros(2)})),
     ],
-    ids=["no-weight", "weight-shape", "moment-name", "moment-shape", "no-moment", "no-ema", "ema-shape"],
+    ids=["no-weight", "weight-shape", "moment-name", "moment-shape", "no-ema", "ema-shape"],
 )
 def test_a_checkpoint_that_does_not_fit_changes_nothing(tmp_path, name, change):
     path = save_checkpoint(tmp_path, 1, *trained()[:2], {"task": 0}, trained()[2])

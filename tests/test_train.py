@@ -7,7 +7,6 @@ What a run computes and leaves behind.
 import itertools
 import json
 import math
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -261,4 +260,4 @@ if __name__ == "__main__":
         assert run(arguments(tiny_files(folder / "tiny"), folder / "run")) == 0
         GOLDEN_LOSSES.parent.mkdir(exist_ok=True)
         GOLDEN_LOSSES.write_text("".join(f"{line['loss']:.8f}\n" for line in read_log(folder / "run")))
-        shutil.copyfile(GOLDEN_LOSSES, "/dev/stdout")
+        print(GOLDEN_LOSSES.read_text())

@@ -1,0 +1,195 @@
+"""The configuration: who wins, what is refused, and that every key is documented and read."""
+
+import ast
+import dataclasses
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from script_helpers import ROOT
+
+import diffusers_cl
+from diffusers_cl import config as config_module
+from diffusers_cl.config import OPERATIONAL_KEYS, TrainingConfig, parse_config, to_yaml
+from diffusers_cl.errors import ConfigError
+
+
+DIGITS = str(ROOT / "configs" / "digits.yaml")
+PRESETS = sorted((ROOT / "configs").glob("*.yaml"))
+METHODS = sorted((ROOT / "configs" / "methods").glob("*.yaml"))
+KEYS = [field.name for field in dataclasses.fields(TrainingConfig)]
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Returns a function that writes a YAML file and gives its path."""
+
+    def write(name: str, text: str) -> str:
+        (tmp_path / name).write_text(text)
+        return str(tmp_path / name)
+
+    return write
+
+
+def test_a_later_file_wins_and_the_command_line_over_all(write):
+    one = write("one.yaml", "seed: 1\ntrain_batch_size: 1\nlearning_rate: 1.0\n")
+    two = write("two.yaml", "train_batch_size: 2\nlearning_rate: 2.0\n")
+    for command in (
+        ["--config", DIGITS, "--config", one, "--config", two, "--learning_rate", "3"],
+        ["--learning_rate", "3", "--config", DIGITS, "--config", one, f"--config={two}"],
+        ["--config", DIGITS, "--config", one, "--learning_rate=3", "--config", two],
+    ):
+        config = parse_config(command)
+        assert (config.seed, config.train_batch_size, config.learning_rate) == (1, 2, 3.0)
+        assert config.dataset_name == "digits"
+    assert parse_config(["--config", DIGITS, "--config", two, "--config", one]).train_batch_size == 1
+
+
+def test_a_switch_alone_means_true(write):
+    base = write("base.yaml", "dataset_name: digits\nclasses_per_task: 2\nuse_ema: false\n")
+    assert parse_config(["--config", base]).use_ema is False
+    for command in (["--use_ema"], ["--use_ema", "--seed", "1"], ["--use_ema", "true"], ["--use_ema=true"]):
+        assert parse_config(["--config", base, *command]).use_ema is True
+        assert parse_config([*command, "--config", base]).use_ema is True
+    assert parse_config(["--config", base, "--use_ema", "false"]).use_ema is False
+    overridden = write("ema.yaml", "use_ema: true\n")
+    assert parse_config(["--config", base, "--config", overridden, "--use_ema=false"]).use_ema is False
+
+
+def test_types(write):
+    text = "learning_rate: 1e-3\newc_lambda: 15000\nmax_train_steps: [5, 2]\ntasks: [[cat, 1], [dog]]\n"
+    config = parse_config(["--config", write("a.yaml", text + "dataset_name: x\nfisher_timesteps: [667, 1000]\n")])
+    assert config.learning_rate == 1e-3 and config.ewc_lambda == 15000 and config.fisher_timesteps == [667, 1000]
+    assert config.tasks == [["cat", 1], ["dog"]]
+    assert [config.num_steps_for_task(task) for task in range(4)] == [5, 2, 2, 2]
+    command = ["--config", DIGITS, "--tasks", "[[3], [cat]]", "--classes_per_task", "null", "--ewc_lambda", "2.5"]
+    config = parse_config([*command, "--max_train_steps", "7"])
+    assert config.tasks == [[3], ["cat"]] and config.classes_per_task is None and config.ewc_lambda == 2.5
+    assert [config.num_steps_for_task(task) for task in range(2)] == [7, 7]
+
+
+def test_what_is_written_is_read_again(write):
+    config = parse_config(["--config", DIGITS, "--adam_epsilon", "1e-9", "--output_dir", "a: b # c"])
+    assert parse_config(["--config", write("config.yaml", to_yaml(config))]) == config
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("learning_rat: 1", ["learning_rat", "'learning_rate'"]),
+        ("seed: abc", ["seed", "abc"]),
+        ("seed: 1.5", ["seed", "1.5"]),
+        ("seed: -1", ["seed", "-1", "0 or more"]),
+        ("use_ema: 3", ["use_ema", "3"]),
+        ("penalty: l2", ["penalty", "l2", "rank1_ewc"]),
+        ("replay: memory", ["replay", "memory", "generative_distillation"]),
+        ("learning_rate: .nan", ["learning_rate", "nan"]),
+        ("learning_rate: .inf", ["learning_rate", "inf"]),
+        ("learning_rate: 0", ["learning_rate", "0", "positive"]),
+        ("ewc_lambda: .nan", ["ewc_lambda", "nan"]),
+        ("ewc_lambda: -1", ["ewc_lambda", "-1", "auto"]),
+        ("ewc_lambda: strong", ["ewc_lambda", "strong"]),
+        ("train_batch_size: 0", ["train_batch_size", "0"]),
+        ("max_train_steps: []", ["max_train_steps", "[]"]),
+        ("max_train_steps: 0", ["max_train_steps", "0"]),
+        ("max_train_steps: [5, 0]", ["max_train_steps", "[5, 0]"]),
+        ("eval_images_per_class: 1", ["eval_images_per_class", "1", "2"]),
+        ("adam_beta2: 1.0", ["adam_beta2", "1.0"]),
+        ("fisher_timesteps: [0, 1001]", ["fisher_timesteps", "1001", "1000"]),
+        ("fisher_timesteps: [500, 500]", ["fisher_timesteps", "500"]),
+        ("fisher_timesteps: [5]", ["fisher_timesteps", "[5]"]),
+        ("checkpoints_total_limit: 0", ["checkpoints_total_limit", "0"]),
+        ("dataset_name: null", ["dataset_name", "train_data_dir"]),
+        ("train_data_dir: images", ["dataset_name", "train_data_dir", "images"]),
+        ("classes_per_task: null", ["tasks", "classes_per_task"]),
+        ("tasks: [[0], [1]]", ["tasks", "classes_per_task"]),
+        ("{tasks: [[0], [1]], classes_per_task: null, class_order: 3}", ["class_order", "3"]),
+        ("{tasks: [], classes_per_task: null}", ["tasks", "[]"]),
+        ("{tasks: [[0], []], classes_per_task: null}", ["tasks", "[]"]),
+        ("{tasks: [[0, 1], [1]], classes_per_task: null}", ["tasks", "'1'"]),
+        ("{tasks: [[cat], [dog, cat]], classes_per_task: null}", ["tasks", "'cat'"]),
+        ("stream: joint", ["replay", "generative_distillation", "joint"]),
+        ("{stream: cumulative, replay: none}", ["penalty", "rank1_ewc", "cumulative"]),
+        ("feature_extractor_weights_path: a.pth", ["feature_extractor", "classifier", "inception"]),
+        ("- seed", ["mapping", "list"]),
+        ("seed: [", ["bad.yaml"]),
+        ("", ["bad.yaml"]),
+    ],
+)
+def test_refused(write, line, words):
+    with pytest.raises(ConfigError) as error:
+        parse_config(["--config", DIGITS, "--config", write("bad.yaml", line + "\n")])
+    message = str(error.value)
+    assert [word for word in words if word not in message] == [] and len(message.splitlines()) <= 3
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (["--learning_rat", "1"], ["learning_rat", "learning_rate"]),
+        (["--learning_rat=1"], ["learning_rat", "learning_rate"]),
+        (["--seed"], ["seed"]),
+        (["--seed", "--use_ema"], ["seed"]),
+        (["--config"], ["config"]),
+        (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
+        (["configs/ewc.yaml"], ["configs/ewc.yaml"]),
+        (["--seed", "x"], ["seed", "x"]),
+    ],
+)
+def test_refused_on_the_command_line(command, words):
+    with pytest.raises(ConfigError) as error:
+        parse_config(["--config", DIGITS, *command])
+    message = str(error.value)
+    assert [word for word in words if word not in message] == [] and len(message.splitlines()) <= 3
+
+
+@pytest.mark.parametrize("path", PRESETS + METHODS, ids=lambda path: path.stem)
+def test_every_file_parses_and_has_known_keys(path):
+    content = yaml.safe_load(path.read_text())
+    assert content.keys() <= set(KEYS)
+    config = parse_config(["--config", DIGITS, "--config", str(path)])
+    if path in PRESETS:
+        # A preset is whole: it needs no other file.
+        config = parse_config(["--config", str(path)])
+    # YAML 1.1 reads 1e-3 as a string.
+    assert {key: getattr(config, key) for key in content} == {
+        key: float(value) if isinstance(value, str) and re.fullmatch(r"\d+e-\d+", value) else value
+        for key, value in content.items()
+    }
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
+def test_a_method_decides_stream_replay_and_penalty(preset):
+    for method in METHODS:
+        expected = yaml.safe_load(method.read_text())
+        assert {"stream", "replay", "penalty"} <= expected.keys()
+        config = parse_config(["--config", str(preset), "--config", str(method)])
+        assert {key: getattr(config, key) for key in expected} == expected
+
+
+def test_every_key_has_a_help_text(capsys):
+    (definition,) = ast.parse(inspect.getsource(TrainingConfig)).body
+    documented = [
+        statement.target.id
+        for statement, after in zip(definition.body, definition.body[1:], strict=False)
+        if isinstance(statement, ast.AnnAssign) and isinstance(after, ast.Expr) and len(after.value.value) > 10
+    ]
+    assert documented == KEYS
+    with pytest.raises(SystemExit) as end:
+        parse_config(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert end.value.code == 0
+    assert [key for key in KEYS if f"--{key}" not in text] == []
+    # jsonargparse finds the texts: they are not only in the source.
+    assert "Peak learning rate" in text and "Rows of the class embedding" in text
+
+
+def test_every_key_is_read():
+    files = [ROOT / "train_continual.py", *Path(diffusers_cl.__file__).parent.glob("*.py")]
+    source = "\n".join(file.read_text() for file in files if file != Path(config_module.__file__))
+    # max_train_steps is read through num_steps_for_task.
+    unread = [key for key in KEYS if not re.search(rf"\bconfig\.{key}\b|getattr\(config, \"{key}\"", source)]
+    assert unread == []
+    assert set(OPERATIONAL_KEYS) <= set(KEYS)
