@@ -6,25 +6,20 @@ Trains a class-conditional diffusion model on a stream of class sets.
 The order is that of diffusers' `examples/unconditional_image_generation/train_unconditional.py`, inside a loop over tasks.
 """
 
-import contextlib
 import copy
 import errno
 import json
 import logging
 import math
 import os
-import platform
-import resource
 import shlex
 import shutil
 import sys
-import time
 from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
-import accelerate
 import datasets
 import diffusers
 import torch
@@ -35,7 +30,7 @@ from accelerate.utils import ProjectConfiguration
 from diffusers import DDIMScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, is_wandb_available
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
@@ -59,6 +54,7 @@ from diffusers_cl.losses import denoising_losses, training_target
 from diffusers_cl.models import create_unet, load_unet_config
 from diffusers_cl.pipeline import ClassConditionalPipeline, from_uint8
 from diffusers_cl.randomness import derive_seed
+from diffusers_cl.record import RunRecord
 from diffusers_cl.replay import replay_weights
 from diffusers_cl.replay_images import replay_images_for_task
 from diffusers_cl.report import key_table, write_report
@@ -79,12 +75,20 @@ PENALTIES = {"none": None, "ewc": DiagonalEWC, "rank1_ewc": Rank1EWC}
 def check_output_dir(config: TrainingConfig) -> None:
     """Raises `ConfigError` unless the folder is empty, holds this very run, or may be overwritten."""
     output_dir = Path(config.output_dir)
-    if output_dir.exists() and not output_dir.is_dir():
-        raise ConfigError(f"output_dir: {output_dir} is not a folder")
+    existing = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ConfigError(f"output_dir is {output_dir}, but {existing} is not a folder that can be written to")
+    checkpoint = config.resume_from_checkpoint
+    if checkpoint is not None and Path(checkpoint).resolve().parent != output_dir.resolve():
+        raise ConfigError(
+            f"resume_from_checkpoint is {checkpoint!r}; allowed: a checkpoint in output_dir ({output_dir})"
+        )
     if not output_dir.exists() or not any(output_dir.iterdir()):
         return
     try:
         found = yaml.safe_load((output_dir / "config.yaml").read_text())
+        if not isinstance(found, dict) or not {"output_dir", "penalty", "replay"} <= found.keys():
+            raise yaml.YAMLError("not the configuration of a run")
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(
             f"output_dir: {output_dir} holds files that are not a run's; allowed: a new folder"
@@ -99,55 +103,13 @@ def check_output_dir(config: TrainingConfig) -> None:
             )
 
 
-class RunRecord:
-    """What `run.json` says: seconds by phase, images, versions, device; it adds up over restarts."""
-
-    def __init__(self, output_dir: Path, accelerator: Accelerator):
-        self.file, self.accelerator = output_dir / "run.json", accelerator
-        before = json.loads(self.file.read_text()) if self.file.exists() else {}
-        self.content = {
-            "seconds": before.get("seconds", {}),
-            "images": before.get("images", {"trained": 0, "replayed": 0, "generated": 0}),
-            "peak_memory_gib": before.get("peak_memory_gib", 0.0),
-            "device": str(accelerator.device)
-            + (f" ({torch.cuda.get_device_name()})" if accelerator.device.type == "cuda" else ""),
-            "processes": accelerator.num_processes,
-            "threads": torch.get_num_threads(),
-            "host": platform.machine() + " " + platform.system(),
-            "restarts": before["restarts"] + 1 if before else 0,
-            "versions": {
-                "python": platform.python_version(),
-                **{m.__name__: m.__version__ for m in (torch, diffusers, accelerate, datasets)},
-                "diffusers_cl": __version__,
-            },
-        }
-
-    @contextlib.contextmanager
-    def phase(self, name: str):
-        """Adds the seconds that the block takes to a phase."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            seconds = self.content["seconds"]
-            elapsed = time.perf_counter() - start
-            seconds[name] = seconds.get(name, 0.0) + elapsed
-            seconds["total"] = seconds.get("total", 0.0) + elapsed
-
-    def write(self) -> None:
-        """Writes `run.json`."""
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        if self.accelerator.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated() / 2**30
-        self.content["peak_memory_gib"] = max(self.content["peak_memory_gib"], peak)
-        write_json(self.file, self.content)
-
-
 def main(config: TrainingConfig) -> None:
     """Runs the stream that a configuration describes, from where the run in `output_dir` stands."""
     output_dir = Path(config.output_dir)
     check_output_dir(config)
     unet_config = load_unet_config(config)
+    if config.report_to == "wandb" and not is_wandb_available():
+        raise ConfigError("report_to is 'wandb', which is not installed; allowed here: tensorboard, none")
 
     # `accelerate launch` sets one thread on CPU.
     num_local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -590,10 +552,12 @@ def run(arguments: list[str] | None = None) -> int:
                 raise
             raise StorageError(f"output_dir: cannot write {error.filename or output_dir}: {error.strerror}") from error
     except RunError as error:
-        print(f"train_continual.py: error: {error}", file=sys.stderr)
+        # The error of a data loader's worker arrives with its traceback for a message.
+        message = str(error).strip().splitlines()[-1].rpartition(f".{type(error).__name__}: ")[2]
+        print(f"train_continual.py: error: {message}", file=sys.stderr)
         # A folder that holds another run keeps that run's status.
         if output_dir is not None and not isinstance(error, (ConfigError, StorageError)):
-            write_status(output_dir, error.exit_code, str(error))
+            write_status(output_dir, error.exit_code, message)
         return error.exit_code
     write_status(output_dir, 0, "finished")
     return 0

@@ -72,9 +72,11 @@ def publish_folder(path: str | Path, write: Callable[[Path], None], manifest_fol
         partial.rename(path)
         _sync(path.parent)
         shutil.rmtree(replaced, ignore_errors=True)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        if replaced.exists() and not path.exists():
+            replaced.rename(path)
         shutil.rmtree(partial, ignore_errors=True)
-        raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
+        raise StorageError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def verify_folder(path: str | Path, manifest_folder: str = ".") -> None:
@@ -198,11 +200,17 @@ def load_checkpoint(
     current = model.state_dict()
     if weights.keys() != current.keys() or any(weights[name].shape != current[name].shape for name in current):
         raise CheckpointError(f"{checkpoint}: the weights do not fit the model of this configuration")
-    if ema_model is not None and shadow.keys() != parameters.keys():
+    if ema_model is not None and (
+        shadow.keys() != parameters.keys() or any(shadow[name].shape != p.shape for name, p in parameters.items())
+    ):
         raise CheckpointError(f"{checkpoint}: the EMA does not fit the model of this configuration")
+    for key, tensor in moments.items():
+        quantity, _, name = key.partition(".")
+        if name not in parameters or (quantity != "step" and tensor.shape != parameters[name].shape):
+            raise CheckpointError(f"{checkpoint}: the optimizer's {key} does not fit the model of this configuration")
     model.load_state_dict(weights)
     for key, tensor in moments.items():
-        quantity, name = key.split(".", 1)
+        quantity, _, name = key.partition(".")
         optimizer.state[parameters[name]][quantity] = tensor.to(device)
     if ema_model is not None:
         ema_model.shadow_params = [shadow[name].to(device) for name in parameters]

@@ -11,7 +11,7 @@ from typing import Literal
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
-from .errors import ConfigError
+from .errors import ConfigError, first_line
 
 
 # Keys that may differ when a run is continued: they move no number in metrics.json.
@@ -230,10 +230,9 @@ def validate(config: TrainingConfig) -> None:
         + ("eval_images_per_class", "eval_num_inference_steps", "eval_batch_size")
     ):
         require(getattr(config, key) is None or getattr(config, key) >= 1, key, "whole numbers from 1")
-    require((config.eval_images_per_class or 2) >= 2, "eval_images_per_class", "2 or more")
     require(config.max_train_steps != [], "max_train_steps", "at least one number")
-    steps = config.max_train_steps if isinstance(config.max_train_steps, list) else [config.max_train_steps or 1]
-    require(min(steps) >= 1, "max_train_steps", "whole numbers from 1")
+    steps = config.max_train_steps if isinstance(config.max_train_steps, list) else [config.max_train_steps]
+    require(all(number is None or number >= 1 for number in steps), "max_train_steps", "whole numbers from 1")
     for key in ("learning_rate", "adam_epsilon", "max_grad_norm", "distillation_weight", "ema_inv_gamma", "ema_power"):
         require(getattr(config, key) is None or getattr(config, key) > 0, key, "positive numbers")
     for key in ("adam_beta1", "adam_beta2", "ema_max_decay"):
@@ -244,6 +243,8 @@ def validate(config: TrainingConfig) -> None:
     bounds = [0, *config.fisher_timesteps, NUM_TRAIN_TIMESTEPS]
     within = len(bounds) == 4 and bounds[0] <= bounds[1] < bounds[2] <= bounds[3]
     require(within, "fisher_timesteps", f"[start, end) within [0, {NUM_TRAIN_TIMESTEPS}]")
+    over = config.overwrite_output_dir
+    require(not over or config.resume_from_checkpoint is None, "resume_from_checkpoint", "null when overwriting")
     if config.feature_extractor_weights_path is not None:
         require(config.feature_extractor == "inception", "feature_extractor", "'inception' when weights are given")
 
@@ -252,7 +253,7 @@ class _Parser(ArgumentParser):
     """Raises instead of printing the usage: a fault is one sentence."""
 
     def error(self, message: str, ex: Exception | None = None):
-        raise ConfigError(message) from ex
+        raise ConfigError(" ".join(message.split())) from ex
 
 
 def _parser() -> ArgumentParser:
@@ -293,7 +294,7 @@ def parse_config(arguments: list[str] | None = None) -> TrainingConfig:
         try:
             content = yaml.safe_load(Path(file).read_text())
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ConfigError(f"--config {file}: {str(error).splitlines()[0]}") from error
+            raise ConfigError(f"--config {file}: {first_line(error)}") from error
         if not isinstance(content, dict):
             raise ConfigError(f"--config {file}: expected a mapping of keys to values, found {type(content).__name__}")
         _check_keys(list(content), file)

@@ -11,7 +11,7 @@ import torch
 from torchvision.transforms import functional as transforms
 
 from .config import TrainingConfig
-from .errors import DataError
+from .errors import DataError, first_line
 from .randomness import derive_seed, permutation
 
 
@@ -63,13 +63,14 @@ class ImageSplit:
         )
 
     def is_greyscale(self) -> bool:
-        """Returns whether the first image has a single channel."""
-        entry = self.dataset[0][self.image_column]
-        try:
-            with PIL.Image.open(io.BytesIO(entry["bytes"]) if entry["bytes"] is not None else entry["path"]) as image:
-                return image.mode in ("1", "L", "LA") or image.mode.startswith("I")
-        except (OSError, SyntaxError) as error:
-            raise DataError(f"the image in row 0 of split {self.name!r} cannot be read: {error}") from error
+        """Returns whether the first image that can be read has a single channel."""
+        for entry in self.dataset[self.image_column]:
+            try:
+                with _open(entry) as image:
+                    return image.mode in ("1", "L", "LA") or image.mode.startswith("I")
+            except (OSError, SyntaxError, TypeError):
+                continue
+        raise DataError(f"no image of split {self.name!r} can be read")
 
     def decode(self, positions) -> torch.Tensor:
         """
@@ -83,8 +84,7 @@ class ImageSplit:
             positions, self.dataset[[int(p) for p in positions]][self.image_column], strict=True
         ):
             try:
-                source = io.BytesIO(entry["bytes"]) if entry["bytes"] is not None else entry["path"]
-                with PIL.Image.open(source) as image:
+                with _open(entry) as image:
                     image.load()
                     images.append(_to_uint8_array(image, self.channels, self.resolution, self.resize_mode))
             except (OSError, SyntaxError, ValueError, TypeError, PIL.Image.DecompressionBombError) as error:
@@ -95,12 +95,16 @@ class ImageSplit:
         return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
 
 
+def _open(entry: dict) -> PIL.Image.Image:
+    return PIL.Image.open(io.BytesIO(entry["bytes"]) if entry["bytes"] is not None else entry["path"])
+
+
 def _to_uint8_array(image: PIL.Image.Image, channels: int, resolution: int, resize_mode: str) -> np.ndarray:
     """(height, width, channels) uint8; 16-bit greyscale is scaled, because `.convert` would clip it to white."""
+    if image.mode == "F":
+        raise ValueError("floating point pixels, whose range is not known")
     if image.mode.startswith("I"):
-        values = np.asarray(image, dtype=np.float64)
-        if values.max() > 255:
-            values = values / 257
+        values = np.asarray(image, dtype=np.float64) / 257
         image = PIL.Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
     image = image.convert("L" if channels == 1 else "RGB")
     if resize_mode == "resize":
@@ -192,7 +196,7 @@ def load_splits(config: TrainingConfig) -> tuple[ImageSplit, ImageSplit]:
                 "imagefolder", data_dir=config.train_data_dir, drop_labels=False, cache_dir=config.cache_dir
             )
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(f"cannot load the dataset {source!r}: {str(error).splitlines()[0]}") from error
+        raise DataError(f"cannot load the dataset {source!r}: {first_line(error)}") from error
 
     for key in ("train_split", "eval_split"):
         if getattr(config, key) is not None and getattr(config, key) not in loaded:

@@ -7,6 +7,11 @@ class RunError(Exception):
     exit_code = 1
 
 
+def first_line(error: Exception) -> str:
+    """Returns the part of an error's message that fits on one line, or the error's name if it has no message."""
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
 class ConfigError(RunError, ValueError):
     """The configuration or the output folder alone shows the fault."""
 

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 
 from .config import TrainingConfig
 from .data import ImageSplit, cap_per_class
+from .errors import DataError
 from .features import FeatureExtractor
 from .metrics import accuracy_by_class, floor, summarize, task_metrics
 from .report import HIGHER_IS_BETTER
@@ -41,6 +43,11 @@ class Evaluation:
         self.real: list[tuple] = []
         for names in tasks:
             split = cap_per_class(test, names, config.eval_images_per_class)
+            if (np.bincount(split.labels) // 2).sum() < 2:
+                raise DataError(
+                    f"the task {', '.join(names)} has {len(split.labels)} images to evaluate on; it takes two in each of"
+                    " two halves that have equally many of every class (eval_images_per_class, eval_split)"
+                )
             self.labels.append([split.names[label] for label in split.labels])
             self.real.append(extractor(split.decode(range(len(split.labels)))))
         self.info = dict(extractor.info)

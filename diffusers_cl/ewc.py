@@ -72,10 +72,8 @@ class _Penalty:
 
     def summary(self) -> list[dict[str, float | None]]:
         """Returns what was measured for every consolidated task, by name; `None` where it was not."""
-        return [
-            {name: None if values[task] != values[task] else values[task] for name, values in self.statistics.items()}
-            for task in range(self.num_tasks)
-        ]
+        tasks = [{name: self.statistics[name][k] for name in sorted(self.statistics)} for k in range(self.num_tasks)]
+        return [{name: None if value != value else value for name, value in task.items()} for task in tasks]
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Returns the state: `<quantity>.<parameter name>` in float32, `statistics.<name>` in float64."""

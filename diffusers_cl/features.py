@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import pickle
 import urllib.error
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from tqdm.auto import tqdm
 
 from .config import TrainingConfig
 from .data import ImageSplit
-from .errors import DataError
+from .errors import DataError, first_line
 from .pipeline import from_uint8
 from .randomness import derive_seed
 
@@ -101,7 +102,7 @@ class FeatureExtractor:
         for batch in images.split(BATCH_SIZE):
             feature, logits = self.network(batch.to(self.device))
             features.append(feature.double().cpu())
-            if logits is not None:
+            if self.class_names is not None:
                 predictions += [self.class_names[i] for i in logits.argmax(dim=1).tolist()]
         return torch.cat(features), predictions if self.class_names is not None else None
 
@@ -182,8 +183,9 @@ def _classifier(config: TrainingConfig, train: ImageSplit, class_names: list[str
     key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:16]
     folder = Path(config.cache_dir or constants.HF_HOME) / "diffusers_cl"
     file = folder / f"classifier-{key}.safetensors"
-    classifier = SmallClassifier(train.channels, len(train.names), train.resolution)
     if file.exists():
+        with torch.random.fork_rng(devices=[]):
+            classifier = SmallClassifier(train.channels, len(train.names), train.resolution)
         classifier.load_state_dict(load_file(file))
         return classifier
     classifier = train_classifier(train, rows, device, quiet).cpu()
@@ -215,16 +217,16 @@ def resolve_feature_extractor(
                 torch.load(path, map_location="cpu", weights_only=True)
             with contextlib.redirect_stdout(None):
                 return FeatureExtractor("inception", _Inception(path), device)
-        except (OSError, urllib.error.URLError, RuntimeError, ValueError, EOFError) as error:
+        except (OSError, urllib.error.URLError, pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
             raise DataError(
-                f"cannot get the Inception weights ({str(error).splitlines()[0]}). Give a file with"
+                f"cannot get the Inception weights ({first_line(error)}). Give a file with"
                 " feature_extractor_weights_path, or set feature_extractor: classifier"
             ) from error
     try:
         network = _Transformers(config.feature_extractor)
     except (OSError, ValueError, KeyError) as error:
         raise DataError(
-            f"feature_extractor: cannot load {config.feature_extractor!r}: {str(error).splitlines()[0]}; allowed:"
+            f"feature_extractor: cannot load {config.feature_extractor!r}: {first_line(error)}; allowed:"
             " inception, classifier, a transformers image classifier (Hub id or folder)"
         ) from error
     names = network.class_names if set(class_names) <= set(network.class_names) else None

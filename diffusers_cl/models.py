@@ -5,7 +5,7 @@ import torch.nn as nn
 from diffusers import UNet2DModel
 
 from .config import TrainingConfig
-from .errors import ConfigError
+from .errors import ConfigError, first_line
 from .randomness import derive_seed, generator
 
 
@@ -35,7 +35,7 @@ def load_unet_config(config: TrainingConfig) -> dict:
             unet_config = dict(UNet2DModel.load_config(config.model_config_name_or_path))
         except (OSError, ValueError) as error:
             raise ConfigError(
-                f"model_config_name_or_path: {config.model_config_name_or_path}: {str(error).splitlines()[0]}"
+                f"model_config_name_or_path: {config.model_config_name_or_path}: {first_line(error)}"
             ) from error
     channels = unet_config.get("block_out_channels", PAPER_UNET["block_out_channels"])
     factor = 2 ** (len(channels) - 1)
@@ -66,7 +66,7 @@ def create_unet(unet_config: dict, channels: int, class_names: list[str], config
         try:
             unet = UNet2DModel.from_config({**unet_config, **sizes, "num_class_embeds": 1})
         except (TypeError, ValueError) as error:
-            raise ConfigError(f"model_config_name_or_path: {str(error).splitlines()[0]}") from error
+            raise ConfigError(f"model_config_name_or_path: {first_line(error)}") from error
     num_rows = config.num_class_embeds or len(class_names)
     rows = torch.zeros(num_rows, unet.class_embedding.embedding_dim)
     for row, name in enumerate(class_names):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from diffusers_cl.errors import CheckpointError, ConfigError, RunError
+from diffusers_cl.errors import CheckpointError, ConfigError, RunError, first_line
 from diffusers_cl.pipeline import ClassConditionalPipeline
 from diffusers_cl.sampling import image_grid, sample_images, to_pil
 
@@ -44,11 +44,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=positive_int, default=64, help="Images in one forward pass.")
     parser.add_argument("--device", default=None, help="Default: the accelerator where there is one, else the CPU.")
     return parser.parse_args(argv)
-
-
-def first_line(error: Exception) -> str:
-    """Returns the part of a library's error message that fits on one line."""
-    return str(error).partition("\n")[0]
 
 
 def load_pipeline(model: str, device: str | None) -> ClassConditionalPipeline:
