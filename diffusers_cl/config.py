@@ -309,9 +309,7 @@ def parse_config(arguments: list[str] | None = None) -> TrainingConfig:
         namespace = parser.parse_args([part for file in files for part in ("--config", file)] + rest)
     except ArgumentError as error:
         raise ConfigError(" ".join(str(error).split())) from error
-    values = namespace.as_dict()
-    values.pop("config")
-    config = TrainingConfig(**values)
+    config = TrainingConfig(**{key: value for key, value in namespace.as_dict().items() if key != "config"})
     validate(config)
     return config
 

@@ -45,7 +45,7 @@ class Evaluation:
             split = cap_per_class(test, names, config.eval_images_per_class)
             if (np.bincount(split.labels) // 2).sum() < 2:
                 raise DataError(
-                    f"the task {', '.join(names)} has {len(split.labels)} images to evaluate on; it takes two in each of"
+                    f"the task {', '.join(names)} has {len(split.labels)} image(s) to evaluate on; it takes two in each of"
                     " two halves that have equally many of every class (eval_images_per_class, eval_split)"
                 )
             self.labels.append([split.names[label] for label in split.labels])

@@ -95,7 +95,7 @@ def test_what_is_written_is_read_again(write):
         ("max_train_steps: []", ["max_train_steps", "[]"]),
         ("max_train_steps: 0", ["max_train_steps", "0"]),
         ("max_train_steps: [5, 0]", ["max_train_steps", "[5, 0]"]),
-        ("eval_images_per_class: 1", ["eval_images_per_class", "1", "2"]),
+        ("eval_images_per_class: 0", ["eval_images_per_class", "0", "1"]),
         ("adam_beta2: 1.0", ["adam_beta2", "1.0"]),
         ("fisher_timesteps: [0, 1001]", ["fisher_timesteps", "1001", "1000"]),
         ("fisher_timesteps: [500, 500]", ["fisher_timesteps", "500"]),

@@ -25,7 +25,6 @@ from diffusers_cl.fisher import (
     trainable_parameters,
 )
 from diffusers_cl.losses import denoising_losses
-from diffusers_cl.pipeline import from_uint8
 from diffusers_cl.tasks import TaskImages
 
 
@@ -461,6 +460,21 @@ def test_other_draws_are_an_error(tiny_unet, make_batches, losses):
         rank1_fisher(tiny_unet, losses, Redrawn(make_batches, [4, 4]))
 
 
+def test_another_number_of_draws_is_an_error(small_denoiser, make_batches, losses):
+    class Growing:
+        """Once more each time, a row of zeros, which leaves every sum over the draws as it was."""
+
+        def __init__(self):
+            self.batches = make_batches([4])
+
+        def __iter__(self):
+            yield from self.batches
+            self.batches.append(tuple(torch.zeros_like(tensor[:1]) for tensor in self.batches[0]))
+
+    with pytest.raises(ValueError, match="other draws the second time .5 of 4."):
+        rank1_fisher(small_denoiser, losses, Growing())
+
+
 def test_zero_mean_gradient_is_an_error(small_denoiser, make_batches, losses):
     ((noisy_images, timesteps, class_labels, _),) = make_batches([4])
     exact = small_denoiser(noisy_images, timesteps, class_labels=class_labels).sample.detach()
@@ -526,23 +540,30 @@ def test_draws_do_not_depend_on_batch_size_or_processes(task_images):
     assert sorted(row for shard in shards for row in shard) == sorted(rows)
 
 
+def clean(rows) -> list[tuple[int, int]]:
+    """Grey levels and labels of draws, recovered from the noisy images and the noise (the target)."""
+    scheduler, result = DDIMScheduler(), []
+    for noisy_image, (timestep,), (label,), noise in rows:
+        alpha_bar = scheduler.alphas_cumprod[timestep].item()
+        # Any pixel. At t = 999 the image is 1/160 of what is noisy: 1e-5 of rounding, a grey level is 8e-3.
+        image = (noisy_image[0] - math.sqrt(1 - alpha_bar) * noise[0]) / math.sqrt(alpha_bar)
+        result.append((round((image + 1) * 127.5), label))
+    return result
+
+
 def test_every_image_is_drawn_once_and_more_draws_have_new_noise(task_images):
-    scheduler = DDIMScheduler()
-
-    def clean(rows):
-        """Grey levels and labels, recovered from noisy images and noise (the target)."""
-        for noisy_image, (timestep,), (label,), noise in rows:
-            alpha_bar = scheduler.alphas_cumprod[timestep].item()
-            # Any pixel; at t = 999 the image is the difference of numbers 100 times larger than it.
-            image = (noisy_image[0] - math.sqrt(1 - alpha_bar) * noise[0]) / math.sqrt(alpha_bar)
-            yield round((image + 1) * 127.5), label
-
-    expected = [(level, 5 + level % 2) for level in range(10)]
-    assert from_uint8(torch.tensor(9, dtype=torch.uint8)).item() == pytest.approx(9 / 127.5 - 1)
     rows = rows_of(draw(task_images, num_samples=20))
+    expected = [(level, 5 + level % 2) for level in range(10)]
     assert sorted(clean(rows[:10])) == sorted(clean(rows[10:])) == expected
     assert len({row[3] for row in rows}) == 20
-    assert len(set(clean(rows_of(draw(task_images, num_samples=6))))) == 6
+    assert rows_of(draw(task_images)) == rows[:10]
+
+
+def test_fewer_draws_are_of_random_images(task_images):
+    chosen = [clean(rows_of(draw(task_images, num_samples=5, seed=seed))) for seed in range(4)]
+    assert all(len(set(images)) == 5 for images in chosen)
+    # Five of ten by chance: four seeds with the same five have a probability of 1e-7.
+    assert len({tuple(sorted(images)) for images in chosen}) > 1
 
 
 def test_timesteps_are_uniform_over_the_band(task_images):
@@ -557,8 +578,10 @@ def test_timesteps_are_uniform_over_the_band(task_images):
 
 def test_draws_are_a_function_of_seed_and_task(task_images):
     rows = rows_of(draw(task_images))
-    assert rows_of(draw(task_images, seed=1)) != rows
-    assert rows_of(draw(task_images, task=1)) != rows
+    for options in ({"seed": 1}, {"task": 1}):
+        others = rows_of(draw(task_images, **options))
+        assert not {row[3] for row in others} & {row[3] for row in rows}
+        assert clean(others) != clean(rows)
 
 
 def test_script_draws_feed_the_estimate(task_images, tiny_unet):
