@@ -172,7 +172,10 @@ def train_classifier(train: ImageSplit, rows, device, disable_progress_bar: bool
 def _classifier(config: TrainingConfig, train: ImageSplit, class_names: list[str], device, quiet: bool) -> nn.Module:
     """The trained classifier, from the cache if the same one was trained before."""
     rows = train.rows_of(class_names)
+    with torch.random.fork_rng(devices=[]):
+        classifier = SmallClassifier(train.channels, len(train.names), train.resolution)
     recipe = {
+        "network": repr(classifier),
         "dataset": train.dataset._fingerprint if config.dataset_name != "digits" else "digits",
         "rows": hashlib.sha256(rows.tobytes()).hexdigest(),
         "names": train.names,
@@ -184,8 +187,6 @@ def _classifier(config: TrainingConfig, train: ImageSplit, class_names: list[str
     folder = Path(config.cache_dir or constants.HF_HOME) / "diffusers_cl"
     file = folder / f"classifier-{key}.safetensors"
     if file.exists():
-        with torch.random.fork_rng(devices=[]):
-            classifier = SmallClassifier(train.channels, len(train.names), train.resolution)
         classifier.load_state_dict(load_file(file))
         return classifier
     classifier = train_classifier(train, rows, device, quiet).cpu()
