@@ -23,6 +23,7 @@ install_requires = [
     "matplotlib>=3.11",
     "numpy>=2.4",
     "pillow>=13",
+    "psutil>=7.2",
     "pyyaml>=6.0.3",
     "safetensors>=0.8",
     "scikit-learn>=1.9",
@@ -33,7 +34,7 @@ install_requires = [
     "tqdm>=4.70",
     "transformers>=5.17",
 ]
-test = ["pytest>=9.2", "pytest-timeout>=2.4", "pytest-xdist>=3.8"]
+test = ["filelock>=4.2", "pytest>=9.2", "pytest-timeout>=2.4", "pytest-xdist>=3.8"]
 quality = ["ruff==0.17.5"]
 
 setup(

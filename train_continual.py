@@ -113,7 +113,8 @@ def main(config: TrainingConfig) -> None:
 
     # `accelerate launch` sets one thread on CPU.
     num_local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    torch.set_num_threads(config.num_threads or max(1, len(os.sched_getaffinity(0)) // num_local_processes))
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    torch.set_num_threads(config.num_threads or max(1, num_cores // num_local_processes))
 
     accelerator = Accelerator(
         gradient_accumulation_steps=config.gradient_accumulation_steps,

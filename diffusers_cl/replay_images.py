@@ -1,10 +1,10 @@
 """Generating the replayed images before a task, and keeping them in a file that a run can go on from."""
 
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
@@ -21,7 +21,7 @@ SHARE_OF_FREE_MEMORY = 0.25
 def _free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return psutil.virtual_memory().available
 
 
 def load_replay_images(folder: Path, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -253,8 +253,10 @@ def test_penalty_is_the_same_under_autocast(tasks, losses, kind):
     model = moved(tasks[-1][0], 0.01, seed=10)
     value, gradient = value_and_gradient(penalty, model)
     with torch.autocast("cpu", torch.bfloat16):
-        cast_value, cast_gradient = value_and_gradient(penalty, model)
-    assert cast_value == pytest.approx(value, rel=1e-5)
+        cast_value = penalty(model)
+    assert cast_value.dtype == torch.float32
+    assert cast_value.item() == pytest.approx(value, rel=1e-5)
+    cast_gradient = flat(torch.autograd.grad(cast_value, list(model.parameters())))
     assert relative(cast_gradient, gradient) < 1e-5
 
 
@@ -264,8 +266,9 @@ def test_models_in_another_precision(tasks, losses, kind):
     model = moved(tasks[-1][0], 0.05, seed=10)
     value, gradient = value_and_gradient(penalty, model)
     other_value, other_gradient = value_and_gradient(penalty, copy.deepcopy(model).double())
-    assert other_value == pytest.approx(value, rel=1e-5)
-    assert relative(other_gradient, gradient) < 1e-5
+    # v . theta - b is 1e-3 here, its rounding in float32 1e-8 or more.
+    assert other_value == pytest.approx(value, rel=1e-4)
+    assert relative(other_gradient, gradient) < 1e-4
 
 
 @pytest.mark.parametrize("kind", PENALTIES)
@@ -454,7 +457,7 @@ def test_decoupled_rank1_step_with_equal_directions_is_regular(tasks, losses):
     v, b = flat(tensor[0] for tensor in penalty.tensors["direction"].values()), penalty.statistics["offset"][0]
     before = (v @ weights(model) - b).item()
     penalty.step(model, 1e-5)
-    # Two equal terms are one of twice the strength, here 4 to 10. The rounding of the weights is 1e-7, see above.
+    # Two equal terms are one of twice the strength, a pull of 8 here. The rounding of the weights is 1e-7, see above.
     pull = 2 * 1e-5 * penalty.strengths()[0]
     assert (v @ weights(model) - b).item() == pytest.approx(before / (1 + pull), abs=1e-6)
     assert abs(before) / (1 + pull) > 1e-4 and pull > 1
@@ -562,6 +565,15 @@ def test_other_draws_in_a_later_pass_are_an_error(small_denoiser, make_batches, 
     # Both take several passes under auto, and their parts belong together only if the draws are the same.
     with pytest.raises(ValueError, match="other draws"):
         kind("auto").consolidate(small_denoiser, losses, Redrawn(make_batches))
+
+
+@pytest.mark.parametrize("kind", PENALTIES)
+def test_no_direction_under_auto_is_an_error(kind):
+    # There is no v to measure the curvature along.
+    model = torch.nn.Linear(3, 1, bias=False)
+    torch.nn.init.zeros_(model.weight)
+    with pytest.raises(ValueError, match="mean gradient is zero"):
+        kind("auto").consolidate(model, lambda m, b: (m(b[0])[:, 0] - b[1]).square(), [(torch.eye(3), torch.zeros(3))])
 
 
 @pytest.mark.parametrize("kind", PENALTIES)

@@ -164,8 +164,9 @@ def sample_in_processes(unet, num_processes: int, **kwargs) -> list[torch.Tensor
             return shard.repeat(num_processes, 1, 1, 1)
 
         sample(unet, process_index=rank, num_processes=num_processes, gather=collect, **kwargs)
-    # All take part in every round, or the others would wait for ever; shards are of one shape, as a gather needs.
-    assert len({len(collected) for collected in shards}) == 1
+    # All take part in every round, or the others would wait for ever; a round is a shard for everyone, of one shape.
+    num_rounds = -(-len(LABELS) // (kwargs["batch_size"] * num_processes))
+    assert [len(collected) for collected in shards] == [num_rounds] * num_processes
     assert len({shard.shape for collected in shards for shard in collected}) == 1
 
     results = []
@@ -236,13 +237,18 @@ def test_sampling_leaves_mode_gradients_and_global_random_states_alone(tiny_unet
 
 def test_image_grid_is_in_rows_and_enlarged_without_interpolation():
     greys = torch.tensor([10, 50, 90, 130, 170, 210], dtype=torch.uint8)
-    grid = np.asarray(image_grid(greys[:, None, None, None].expand(6, 1, 8, 8), columns=3).convert("L"))
+    images = greys[:, None, None, None].repeat(1, 1, 8, 8)
+    # The last pixel of every image is another.
+    images[:, :, 7, 7] += 1
+    grid = np.asarray(image_grid(images, columns=3).convert("L"))
     height, width = grid.shape
     for position, grey in enumerate(greys.tolist()):
-        # 8 pixels become 64, whatever is between the images.
-        assert (grid == grey).sum() == 64 * 64
         row, column = divmod(position, 3)
         assert grid[height * (2 * row + 1) // 4, width * (2 * column + 1) // 6] == grey
+        # 8 pixels become 64, so one becomes a square of 8, whatever is between the images.
+        assert (grid == grey).sum() == 64 * 64 - 8 * 8
+        lines, columns = np.nonzero(grid == grey + 1)
+        assert np.ptp(lines) == np.ptp(columns) == 7 and len(lines) == 64
     # Large ones are as they are, and keep their colours.
     colours = torch.zeros(2, 3, 100, 100, dtype=torch.uint8)
     colours[1] = torch.tensor([200, 100, 50])[:, None, None]

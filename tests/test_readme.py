@@ -1,0 +1,65 @@
+"""What README says: its commands, the options it names, and its tables, which come from committed results."""
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from diffusers_cl.config import TrainingConfig, parse_config
+
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_two_commands_stand_at_the_top():
+    first_block = re.search(r"```bash\n(.*?)```", README, re.DOTALL)[1]
+    assert [line.split("#")[0].strip() for line in first_block.strip().splitlines()] == ["make demo", "make test"]
+    targets = (ROOT / "Makefile").read_text()
+    assert re.search(r"^demo:", targets, re.MULTILINE) and re.search(r"^test:", targets, re.MULTILINE)
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+
+
+def commands() -> list[list[str]]:
+    blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.split("train_continual.py", 1)[1] for line in lines if "train_continual.py" in line]
+
+
+@pytest.mark.parametrize("command", commands())
+def test_training_commands_are_valid(command, monkeypatch):
+    import shlex
+
+    monkeypatch.chdir(ROOT)
+    parse_config(shlex.split(command))
+
+
+def test_named_options_exist():
+    known = {field.name for field in dataclasses.fields(TrainingConfig)}
+    named = set(re.findall(r"`(?:--)?([a-z0-9]+(?:_[a-z0-9]+)+)`", README))
+    scripts = {"generative_replay", "generative_distillation", "rank1_ewc", "train_continual", "from_pretrained"}
+    scripts |= {"fd_classifier", "state_dict", "load_state_dict", "save_pretrained"}
+    assert named - scripts <= known, named - scripts - known
+
+
+def test_the_table_is_that_of_the_committed_results():
+    files = sorted(str(path) for path in (ROOT / "results" / "digits").glob("*-seed*.json"))
+    assert files
+    command = [sys.executable, str(ROOT / "scripts" / "compare_runs.py"), *files]
+    table = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    table = table[: table.index("\n\n")]
+    assert table in README
+
+
+def test_recognised_digits_are_those_of_the_committed_results():
+    recognised = json.loads((ROOT / "results" / "digits" / "recognised.json").read_text())
+    assert all(run["judge"]["test_accuracy"] >= 0.97 for run in recognised)
+    default = [run for run in recognised if run["penalty"] == ["rank1_ewc", "decoupled", "auto"]]
+    assert sorted(run["seed"] for run in default) == [0, 1, 2]
+    lowest = sorted(run["lowest"] for run in default)
+    assert lowest[0] >= 90
+    assert f"{lowest[0]} to {lowest[-1]} of 100" in README
