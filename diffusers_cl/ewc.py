@@ -21,9 +21,7 @@ from .fisher import (
     Rank1Fisher,
     Reduce,
     _identity,
-    curvature_along,
     diagonal_fisher,
-    mean_gradient,
     rank1_fisher,
     trainable_parameters,
 )
@@ -36,6 +34,7 @@ class _Penalty:
     """What both penalties share: naming by parameter, checking, and files without pickles."""
 
     kind: str
+    quantities: tuple[str, ...]
 
     def __init__(self, ewc_lambda: float | str = 15_000.0):
         if ewc_lambda != "auto" and (isinstance(ewc_lambda, str) or not 0 < ewc_lambda < float("inf")):
@@ -57,7 +56,7 @@ class _Penalty:
                 different = sorted(tensors.keys() ^ parameters.keys())
                 raise ValueError(f"{type(self).__name__}: state and model differ in the parameters {different[:3]}")
             for name, parameter in parameters.items():
-                if tensors[name].shape[-parameter.dim() :] != parameter.shape:
+                if tensors[name].shape[tensors[name].dim() - parameter.dim() :] != parameter.shape:
                     raise ValueError(
                         f"{type(self).__name__}: {name} is {tuple(tensors[name].shape)} in the state,"
                         f" {tuple(parameter.shape)} in the model"
@@ -95,6 +94,10 @@ class _Penalty:
                 self.statistics[name] = tensor.tolist()
             else:
                 self.tensors.setdefault(quantity, {})[name] = tensor
+        if self.tensors and set(self.tensors) != set(self.quantities):
+            raise ValueError(
+                f"this is the state of another penalty than {self.kind!r}: it holds {sorted(self.tensors)}"
+            )
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Writes `ewc.safetensors` into a folder."""
@@ -135,7 +138,8 @@ class _Rank1Quadratic(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):
         coefficients = (ctx.coefficients * grad_output).float()
-        return None, None, None, *[torch.tensordot(coefficients, v, dims=1) for v in ctx.directions]
+        with torch.autocast(coefficients.device.type, enabled=False):
+            return None, None, None, *[torch.tensordot(coefficients, v, dims=1) for v in ctx.directions]
 
 
 class Rank1EWC(_Penalty):
@@ -152,12 +156,14 @@ class Rank1EWC(_Penalty):
     """
 
     kind = "rank1_ewc"
+    quantities = ("direction",)
 
     @staticmethod
     def _residuals(directions, parameters, offsets) -> torch.Tensor:
         """v_k . theta - b_k for all tasks: float32 products within a parameter, summed over parameters in float64."""
-        products = [v.flatten(1) @ p.detach().flatten() for v, p in zip(directions, parameters, strict=True)]
-        return torch.stack(products).double().sum(dim=0) - offsets
+        pairs = [(v.reshape(len(v), -1), p.detach().flatten()) for v, p in zip(directions, parameters, strict=True)]
+        with torch.autocast(offsets.device.type, enabled=False):
+            return torch.stack([v @ p.to(v.dtype) for v, p in pairs]).double().sum(dim=0) - offsets
 
     def _vector(self, name: str, device: torch.device) -> torch.Tensor:
         return torch.tensor(self.statistics[name], dtype=torch.float64, device=device)
@@ -165,7 +171,10 @@ class Rank1EWC(_Penalty):
     def strengths(self) -> list[float]:
         """Returns the coefficient of every task's quadratic: `ewc_lambda * m_k`, or the curvature under `auto`."""
         if self.ewc_lambda == "auto":
-            return [max(0.0, kappa) for kappa in self.statistics.get("curvature", [])]
+            curvatures = self.statistics.get("curvature", [])
+            if any(kappa != kappa for kappa in curvatures):
+                raise ValueError("ewc_lambda is 'auto', but the curvature of a finished task was not measured")
+            return [max(0.0, kappa) for kappa in curvatures]
         return [self.ewc_lambda * m for m in self.statistics.get("second_moment", [])]
 
     def __call__(self, model: torch.nn.Module) -> torch.Tensor:
@@ -192,7 +201,9 @@ class Rank1EWC(_Penalty):
         if self.num_tasks == 0:
             return
         device = next(iter(parameters.values())).device
-        directions = {name: self.tensors["direction"][name].flatten(1).double() for name in parameters}
+        directions = {
+            name: self.tensors["direction"][name].reshape(self.num_tasks, -1).double() for name in parameters
+        }
         residuals = sum(directions[name] @ p.flatten().double() for name, p in parameters.items())
         residuals -= self._vector("offset", device)
         gram = sum(v @ v.T for v in directions.values())
@@ -256,9 +267,15 @@ class DiagonalEWC(_Penalty):
     """
 
     kind = "ewc"
+    quantities = ("fisher", "anchor")
 
     def _weight(self) -> float:
-        return 1.0 if self.ewc_lambda == "auto" else self.ewc_lambda
+        automatic = self.ewc_lambda == "auto"
+        if any((kappa == kappa) != automatic for kappa in self.statistics.get("curvature", [])):
+            raise ValueError(
+                "ewc_lambda is 'auto' here and was a number before, or the reverse: the state is scaled by it"
+            )
+        return 1.0 if automatic else self.ewc_lambda
 
     def __call__(self, model: torch.nn.Module) -> torch.Tensor:
         """Returns the penalty, a scalar with a gradient; 0 until a task has been consolidated."""
@@ -280,7 +297,7 @@ class DiagonalEWC(_Penalty):
             return
         for name, parameter in parameters.items():
             weighted, anchor = self.tensors["fisher"][name].double(), self.tensors["anchor"][name].double()
-            parameter.copy_(anchor + (parameter - anchor) / (1 + lr * self._weight() * weighted))
+            parameter.copy_(torch.lerp(anchor, parameter.double(), 1 / (1 + lr * self._weight() * weighted)))
 
     def consolidate(
         self, model: torch.nn.Module, losses: Losses, batches, reduce: Reduce = _identity, diagnostics: bool = True
@@ -295,10 +312,8 @@ class DiagonalEWC(_Penalty):
         fisher, num_samples = diagonal_fisher(model, losses, batches, reduce=reduce)
         curvature = None
         if self.ewc_lambda == "auto":
-            mu, _, _ = mean_gradient(model, losses, batches, reduce)
-            norm = sum(tensor.square().sum() for tensor in mu.values()).sqrt()
-            direction = {name: (tensor / norm).float() for name, tensor in mu.items()}
-            curvature = curvature_along(model, losses, batches, direction, reduce=reduce)[0]
+            rank1 = rank1_fisher(model, losses, batches, diagnostics=False, reduce=reduce)
+            curvature, direction = rank1.curvature, rank1.direction
             along = sum((fisher[name] * v.square()).sum(dtype=torch.float64) for name, v in direction.items()).item()
             fisher = {name: tensor * (max(0.0, curvature) / along) for name, tensor in fisher.items()}
         constant = self.statistics["constant"][-1] if self.num_tasks else 0.0

@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 Losses = Callable[..., torch.Tensor]
 Reduce = Callable[[torch.Tensor], torch.Tensor]
 
-# Lengths of the central differences, in units of |theta|_2: on digits the result is flat from 0.003 to 0.1.
+# Lengths of the central differences along a unit direction: on digits the result is flat from 0.003 to 0.1.
 CURVATURE_STEPS = (0.01, 0.03)
 # How many draws the diagnostics that need per-sample gradients use.
 TRACE_SAMPLES = 128
@@ -64,14 +64,17 @@ class _FunctionalModel:
 
 
 def trainable_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """Returns the parameters that require a gradient, by name."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    """Returns the parameters that require a gradient, by name; a model without any is a `ValueError`."""
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not parameters:
+        raise ValueError("the model has no parameter that requires a gradient")
+    return parameters
 
 
 @contextlib.contextmanager
 def _estimating(model: torch.nn.Module):
     """Eval mode, float32 without TF32 or autocast, and attention that forward-mode derivatives can pass."""
-    training = model.training
+    training = [module for module in model.modules() if module.training]
     matmul, conv = torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = "ieee"
     device_type = next(model.parameters()).device.type
@@ -80,12 +83,19 @@ def _estimating(model: torch.nn.Module):
         with torch.autocast(device_type, enabled=False), sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
-        model.train(training)
+        for module in training:
+            module.training = True
         torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision = matmul, conv
 
 
 def _identity(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
+
+
+def _checksum(batch: tuple[torch.Tensor, ...], start: int) -> torch.Tensor:
+    """Of rows by their position, so that the same labels on other images are other draws."""
+    positions = torch.arange(start + 1, start + 1 + len(batch[0]), dtype=torch.float64, device=batch[0].device)
+    return sum((tensor.double().reshape(len(tensor), -1).sum(dim=1) * positions).sum() for tensor in batch)
 
 
 def _finite(value: torch.Tensor, name: str) -> torch.Tensor:
@@ -141,8 +151,8 @@ def mean_gradient(
             gradients = torch.autograd.grad(losses(model, batch).sum(), list(parameters.values()))
             for accumulated, gradient in zip(total.values(), gradients, strict=True):
                 accumulated += gradient
+            checksum += _checksum(batch, count)
             count += len(batch[0])
-            checksum += sum(tensor.double().sum() for tensor in batch)
     num_samples = int(reduce(torch.tensor(float(count), dtype=torch.float64, device=device)).item())
     if num_samples == 0:
         raise ValueError("Fisher estimate: the batches are empty")
@@ -259,8 +269,8 @@ def rank1_fisher(
     with _estimating(model):
         for batch in batches:
             sums[0] += projections(model, losses, batch, direction).double().square().sum()
+            again += _checksum(batch, int(sums[1]))
             sums[1] += len(batch[0])
-            again += sum(tensor.double().sum() for tensor in batch)
     if int(sums[1]) != count or not torch.equal(again, checksum):
         raise ValueError(f"Fisher estimate: the batches gave other draws the second time ({int(sums[1])} of {count})")
     total, num_samples = reduce(sums)

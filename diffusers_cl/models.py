@@ -62,7 +62,7 @@ def create_unet(unet_config: dict, channels: int, class_names: list[str], config
     """
     sizes = {"sample_size": config.resolution, "in_channels": channels, "out_channels": channels}
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(config.seed, "model"))
+        torch.default_generator.manual_seed(derive_seed(config.seed, "model"))
         try:
             unet = UNet2DModel.from_config({**unet_config, **sizes, "num_class_embeds": 1})
         except (TypeError, ValueError) as error:
