@@ -57,10 +57,8 @@ class _Penalty:
                 raise ValueError(f"{type(self).__name__}: state and model differ in the parameters {different[:3]}")
             for name, parameter in parameters.items():
                 if tensors[name].shape[tensors[name].dim() - parameter.dim() :] != parameter.shape:
-                    raise ValueError(
-                        f"{type(self).__name__}: {name} is {tuple(tensors[name].shape)} in the state,"
-                        f" {tuple(parameter.shape)} in the model"
-                    )
+                    shapes = f"{tuple(tensors[name].shape)} in the state, {tuple(parameter.shape)} in the model"
+                    raise ValueError(f"{type(self).__name__}: {name} is {shapes}")
                 if tensors[name].device != parameter.device:
                     tensors[name] = tensors[name].to(parameter.device)
         return parameters
@@ -95,9 +93,7 @@ class _Penalty:
             else:
                 self.tensors.setdefault(quantity, {})[name] = tensor
         if self.tensors and set(self.tensors) != set(self.quantities):
-            raise ValueError(
-                f"this is the state of another penalty than {self.kind!r}: it holds {sorted(self.tensors)}"
-            )
+            raise ValueError(f"the state of another penalty than {self.kind!r}: it holds {sorted(self.tensors)}")
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Writes `ewc.safetensors` into a folder."""
@@ -117,9 +113,7 @@ class _Penalty:
             metadata = file.metadata() or {}
             state_dict = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
         if metadata.get("penalty") != cls.kind:
-            raise ValueError(
-                f"{pretrained_model_path} holds the penalty {metadata.get('penalty')!r}, not {cls.kind!r}"
-            )
+            raise ValueError(f"{pretrained_model_path} holds penalty {metadata.get('penalty')!r}, not {cls.kind!r}")
         ewc_lambda = metadata["ewc_lambda"]
         penalty = cls(ewc_lambda if ewc_lambda == "auto" else float(ewc_lambda))
         penalty.load_state_dict(state_dict)
@@ -238,19 +232,10 @@ class Rank1EWC(_Penalty):
             v = fisher.direction[name]
             offset += torch.dot(v.flatten().double(), parameter.detach().flatten().double()).item()
             known[name] = torch.cat([known[name], v[None]]) if name in known else v[None]
-        trace = fisher.trace
-        self._record(
-            offset=offset,
-            second_moment=fisher.second_moment,
-            curvature=fisher.curvature,
-            curvature_check=fisher.curvature_check,
-            mean_gradient_norm=fisher.mean_gradient_norm,
-            num_samples=fisher.num_samples,
-            trace=trace,
-            trace_num_samples=fisher.trace_num_samples,
-            signal_ratio=None if trace is None else fisher.num_samples * fisher.mean_gradient_norm**2 / trace,
-            direction_share=None if trace is None else fisher.second_moment / trace,
-        )
+        measured = {name: value for name, value in vars(fisher).items() if name != "direction"}
+        signal = fisher.num_samples * fisher.mean_gradient_norm**2 / fisher.trace if diagnostics else None
+        share = fisher.second_moment / fisher.trace if diagnostics else None
+        self._record(offset=offset, **measured, signal_ratio=signal, direction_share=share)
         return fisher
 
 
@@ -273,7 +258,7 @@ class DiagonalEWC(_Penalty):
         automatic = self.ewc_lambda == "auto"
         if any((kappa == kappa) != automatic for kappa in self.statistics.get("curvature", [])):
             raise ValueError(
-                "ewc_lambda is 'auto' here and was a number before, or the reverse: the state is scaled by it"
+                "ewc_lambda is 'auto' here and was a number before, or the reverse: the state has its scale"
             )
         return 1.0 if automatic else self.ewc_lambda
 

@@ -37,10 +37,8 @@ class Rank1Fisher:
         second_moment (`float`): m = E[(v . g)^2] = v^T F v, a Rayleigh quotient (at most F's largest eigenvalue).
         mean_gradient_norm (`float`): |mu|.
         num_samples (`int`): draws, over all processes.
-        curvature (`float` or `None`): second derivative of the mean loss along v, see [`curvature_along`].
-        curvature_check (`float` or `None`): the same at the second step length.
-        trace (`float` or `None`): E|g|^2 over `trace_num_samples` draws.
-        trace_num_samples (`int`).
+        curvature, curvature_check (`float` or `None`): second derivative of the mean loss along v, at two step lengths.
+        trace (`float` or `None`), trace_num_samples (`int`): E|g|^2 over so many draws.
     """
 
     direction: dict[str, torch.Tensor]
@@ -53,14 +51,9 @@ class Rank1Fisher:
     trace_num_samples: int = 0
 
 
-class _FunctionalModel:
-    """Calls `model` with other values for its parameters."""
-
-    def __init__(self, model: torch.nn.Module, parameters: dict[str, torch.Tensor]):
-        self.model, self.parameters = model, parameters
-
-    def __call__(self, *args, **kwargs):
-        return functional_call(self.model, self.parameters, args, kwargs)
+def _with_parameters(model: torch.nn.Module, parameters: dict[str, torch.Tensor]) -> Callable:
+    """The model with other values for its parameters."""
+    return lambda *args, **kwargs: functional_call(model, parameters, args, kwargs)
 
 
 def trainable_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -115,7 +108,7 @@ def per_sample_gradients(
     parameters = {name: parameter.detach() for name, parameter in trainable_parameters(model).items()}
 
     def loss_of_row(parameters, row):
-        return losses(_FunctionalModel(model, parameters), tuple(tensor.unsqueeze(0) for tensor in row)).squeeze(0)
+        return losses(_with_parameters(model, parameters), tuple(tensor.unsqueeze(0) for tensor in row)).squeeze(0)
 
     with sdpa_kernel(SDPBackend.MATH):
         return vmap(grad(loss_of_row), in_dims=(None, 0))(parameters, tuple(batch))
@@ -169,7 +162,7 @@ def projections(
     parameters = {name: parameter.detach() for name, parameter in trainable_parameters(model).items()}
     with sdpa_kernel(SDPBackend.MATH):
         _, projected = jvp(
-            lambda values: losses(_FunctionalModel(model, values), batch),
+            lambda values: losses(_with_parameters(model, values), batch),
             (parameters,),
             ({name: direction[name] for name in parameters},),
         )
@@ -197,7 +190,7 @@ def curvature_along(
         shifted = {name: parameter + step * direction[name] for name, parameter in parameters.items()}
         sums = torch.zeros(2, dtype=torch.float64, device=next(iter(parameters.values())).device)
         for batch in batches:
-            values = losses(_FunctionalModel(model, shifted), batch)
+            values = losses(_with_parameters(model, shifted), batch)
             sums += torch.stack([values.double().sum(), values.new_tensor(len(values), dtype=torch.float64)])
         sums = reduce(sums)
         return _finite(sums[0] / sums[1], "the loss along the direction").item()
@@ -216,8 +209,7 @@ def gradient_trace(
     reduce: Reduce = _identity,
 ) -> tuple[float, int]:
     """Returns E|g|^2 over the first `num_samples` draws of this process, and the number of draws over all of them."""
-    device = next(model.parameters()).device
-    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    sums = torch.zeros(2, dtype=torch.float64, device=next(model.parameters()).device)
     with _estimating(model):
         for batch in batches:
             batch = tuple(tensor[: num_samples - int(sums[1])] for tensor in batch)
@@ -248,7 +240,6 @@ def rank1_fisher(
 
     Args:
         model (`torch.nn.Module`): the unwrapped network, at the finished task's weights.
-        losses, batches: as the module says.
         diagnostics (`bool`): also estimate the trace from per-sample gradients of the first 128 draws.
         curvature (`bool`): also measure the curvature along v (five more forward passes over the draws).
         chunk_size (`int`, *optional*): rows of per-sample gradients at a time, for the trace.
