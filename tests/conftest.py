@@ -1,4 +1,4 @@
-"""What several test files share: tiny real networks, draws to estimate from, and two ways to check an estimate."""
+"""What several test files share: tiny real networks and files, draws to estimate from, and ways to check an estimate."""
 
 import json
 from collections.abc import Callable
@@ -8,7 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
+from estimate_helpers import stream
+from pipeline_helpers import tiny_pipeline
 
+from diffusers_cl import DiagonalEWC
 from diffusers_cl.losses import denoising_losses, training_target
 
 
@@ -173,3 +176,46 @@ def in_two_processes() -> Callable:
         return results
 
     return run
+
+
+@pytest.fixture
+def tasks(small_denoiser, make_batches) -> list[tuple]:
+    """Three finished tasks of a [`SmallDenoiser`]: the model at other weights, and draws of other classes."""
+    return stream(small_denoiser, make_batches)
+
+
+@pytest.fixture
+def dense_fishers(tasks, losses, gradient_loop):
+    """Returns a function of the penalty's class: the D x D matrix of every task, from one backward pass a row."""
+
+    def build(kind) -> list[torch.Tensor]:
+        matrices = []
+        for model, batches in tasks:
+            gradients = gradient_loop(model, losses, batches)
+            if kind is DiagonalEWC:
+                matrices.append(torch.diag(gradients.square().mean(dim=0)))
+            else:
+                # arXiv 2509.23593, Sec. 3.3 and Eq. 6: c* mu mu^T with c* = E[(mu . g)^2] / |mu|^4.
+                mu = gradients.mean(dim=0)
+                c_star = (gradients @ mu).square().mean() / mu.norm() ** 4
+                matrices.append(c_star * torch.outer(mu, mu))
+        return matrices
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    """A folder with a tiny pipeline in it."""
+    folder = tmp_path_factory.mktemp("saved") / "task-00"
+    tiny_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    """The settings, architecture and classifier that `script_helpers.arguments` takes."""
+    # Not at the top: it imports the script and all its dependencies, which most test files do without.
+    from script_helpers import shared_folder, tiny_files
+
+    return tiny_files(shared_folder(tmp_path_factory) / "tiny")

@@ -9,12 +9,7 @@ import datasets
 import numpy as np
 import pytest
 from PIL import Image
-from script_helpers import arguments, run, shared_folder, start, tiny_files, write_images
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    return tiny_files(shared_folder(tmp_path_factory) / "tiny")
+from script_helpers import arguments, run, start, write_images
 
 
 def message_of(errors: str) -> str:

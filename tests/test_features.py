@@ -4,22 +4,18 @@ import pickle
 
 import pytest
 import torch
-from script_helpers import arguments, shared_folder, tiny_files
+from script_helpers import arguments
 from transformers import ConvNextImageProcessor, ResNetConfig, ResNetForImageClassification
 
 from diffusers_cl.config import parse_config
 from diffusers_cl.data import load_splits
 from diffusers_cl.errors import DataError
 from diffusers_cl.features import resolve_feature_extractor
+from diffusers_cl.metrics import task_metrics
 
 
 CPU = torch.device("cpu")
 CLASSES = ["0", "1", "2"]
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    return tiny_files(shared_folder(tmp_path_factory) / "tiny")
 
 
 @pytest.fixture(scope="module")
@@ -112,3 +108,23 @@ def test_weights_of_another_network(files, splits, tmp_path):
     settings = {"feature_extractor": "inception", "feature_extractor_weights_path": tmp_path / "inception.pth"}
     with pytest.raises(DataError, match="feature_extractor_weights_path"):
         resolve(files, tmp_path, splits, **settings)
+
+
+def test_inception_features_from_a_file(files, tmp_path, splits, monkeypatch):
+    # The real network with random weights: its own are a download.
+    from torch_fidelity import feature_extractor_inceptionv3 as inception
+
+    with monkeypatch.context() as patch:
+        patch.setattr(inception, "load_state_dict_from_url", lambda *args, **kwargs: {})
+        patch.setattr(inception.FeatureExtractorInceptionV3, "load_state_dict", lambda *args, **kwargs: None)
+        network = inception.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
+    torch.save(network.state_dict(), tmp_path / "weights.pth")
+    settings = {"feature_extractor": "inception", "feature_extractor_weights_path": tmp_path / "weights.pth"}
+    extractor = resolve(files, tmp_path / "run", splits, **settings)
+    images = splits[1].decode(range(4))
+    features, predictions = extractor(images)
+    assert features.shape == (4, 2048) and features.dtype == torch.float64 and predictions is None
+    # Grey images are repeated to RGB as they are, in uint8.
+    expected = network(images.repeat(1, 3, 1, 1))[0].double()
+    assert torch.allclose(features, expected)
+    assert set(task_metrics(features, features, extractor.name)) == {"fid", "kid", "recall"}

@@ -7,25 +7,10 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from script_helpers import (
-    EVERYTHING,
-    arguments,
-    finished_run,
-    interrupted_copy,
-    read_log,
-    run,
-    shared_folder,
-    start,
-    tiny_files,
-)
+from script_helpers import EVERYTHING, arguments, finished_run, interrupted_copy, read_log, run, start
 
 
 VARIANTS = {"plain": {}, "everything": EVERYTHING}
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    return tiny_files(shared_folder(tmp_path_factory) / "tiny")
 
 
 @pytest.fixture(scope="module")

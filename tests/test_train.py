@@ -17,17 +17,7 @@ import yaml
 from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file
-from script_helpers import (
-    EVERYTHING,
-    arguments,
-    finished_run,
-    interrupted_copy,
-    read_log,
-    run,
-    shared_folder,
-    start,
-    tiny_files,
-)
+from script_helpers import EVERYTHING, arguments, finished_run, interrupted_copy, read_log, run, start, tiny_files
 
 from diffusers_cl import __version__
 from diffusers_cl.checkpoint import list_checkpoints, verify_folder
@@ -50,11 +40,6 @@ TASK_FOLDER = {
     "consolidation/manifest.json",
 }
 METRICS = {"fd_features", "kd_features", "recall", "accuracy", "kld"}
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    return tiny_files(shared_folder(tmp_path_factory) / "tiny")
 
 
 @pytest.fixture(scope="module")
