@@ -150,7 +150,9 @@ def test_two_processes_sample_and_measure_the_same(plain_run, files, tmp_path):
     assert fishers[0].keys() == fishers[1].keys()
     for name, expected in fishers[1].items():
         scale = max(expected.double().abs().max().item(), 1e-30) if expected.numel() else 1.0
-        torch.testing.assert_close(fishers[0][name], expected, rtol=1e-5, atol=1e-5 * scale, equal_nan=True)
+        # A second difference at a step of 0.01 divides the float32 rounding of the losses by 1e-4.
+        rtol = 1e-3 if "curvature" in name else 1e-5
+        torch.testing.assert_close(fishers[0][name], expected, rtol=rtol, atol=rtol * scale, equal_nan=True)
 
 
 def test_ema_is_published_and_the_schedule_counts_optimizer_steps(tmp_path_factory):
