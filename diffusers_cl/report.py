@@ -38,25 +38,19 @@ def method_name(config: dict) -> str:
         config (`dict`): the flat resolved configuration (`"config"` in `metrics.json`).
 
     Returns:
-        `str`: for instance `"fine-tuning"`, `"joint"` or `"rank-1 EWC + distillation (decoupled, auto)"`. `ewc_lambda`
-        is shown where it is not the 15000 of arXiv 2509.23593, added to the loss.
+        `str`: for instance `"fine-tuning"`, `"joint"` or `"rank-1 EWC + distillation (decoupled, auto)"`. The penalty
+        of arXiv 2509.23593 is `(loss, 15000)`.
     """
     if config["stream"] != "sequential":
         return config["stream"]
-    parts, notes = [], []
+    parts, note = [], ""
     if config["penalty"] != "none":
         parts.append(PENALTY_NAMES[config["penalty"]])
-        decoupled, ewc_lambda = config["penalty_mode"] == "decoupled", config["ewc_lambda"]
-        if decoupled:
-            notes.append("decoupled")
-        if ewc_lambda == "auto":
-            notes.append("auto")
-        elif decoupled or ewc_lambda != 15_000:
-            notes.append(f"ewc_lambda {ewc_lambda:g}")
+        ewc_lambda = config["ewc_lambda"]
+        note = f" ({config['penalty_mode']}, {ewc_lambda if ewc_lambda == 'auto' else f'{ewc_lambda:g}'})"
     if config["replay"] != "none":
         parts.append(REPLAY_NAMES[config["replay"]])
-    name = " + ".join(parts) or "fine-tuning"
-    return f"{name} ({', '.join(notes)})" if notes else name
+    return (" + ".join(parts) or "fine-tuning") + note
 
 
 def headline_metric(metrics: dict) -> str:

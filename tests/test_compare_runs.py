@@ -40,13 +40,13 @@ def test_table_of_several_methods_and_seeds(tmp_path, capsys):
         ["0, 1 (n=2)", "5.00 \u00b1 1.00", "2.17 \u00b1 0.17", "+2.83 \u00b1 0.83", "6.50 \u00b1 1.50"]
         + ["6.50 / 5.00 / 3.50", "2.0", "0%"]
     )
-    assert row_of(table, "rank-1 EWC + distillation")[1:] == (
+    assert row_of(table, "rank-1 EWC + distillation (loss, 15000)")[1:] == (
         ["0 (n=1)", "2.20", "1.83", "+0.37", "2.50", "2.20 / 1.90 / 2.50", "2.0", "80%"]
     )
     assert row_of(table, "joint")[2:6] == ["1.50", "n/a", "n/a", "2.00"] and row_of(table, "joint")[-1] == "100%"
     assert row_of(table, "floor (real against real)")[2] == "0.500 \u00b1 0.250"
     order = [line.split("|")[1].strip() for line in table.splitlines()[2:6]]
-    assert order == ["joint", "rank-1 EWC + distillation", "fine-tuning", "floor (real against real)"]
+    assert order == ["joint", "rank-1 EWC + distillation (loss, 15000)", "fine-tuning", "floor (real against real)"]
     assert "A difference below that spread (0.250 in fd_classifier) is noise" in table and "72 generated" in table
     assert Image.open(tmp_path / "curve.png").width > 600
 

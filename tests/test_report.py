@@ -100,11 +100,11 @@ def row_of(table: str, name: str) -> list[str]:
         ({"stream": "cumulative"}, "cumulative"),
         ({"replay": "generative_replay"}, "generative replay"),
         ({"replay": "generative_distillation"}, "distillation"),
-        ({"penalty": "ewc"}, "diagonal EWC"),
-        ({"penalty": "rank1_ewc"}, "rank-1 EWC"),
-        ({"penalty": "rank1_ewc", "ewc_lambda": 100.0}, "rank-1 EWC (ewc_lambda 100)"),
-        ({"penalty": "ewc", "ewc_lambda": "auto"}, "diagonal EWC (auto)"),
-        ({"penalty": "ewc", "penalty_mode": "decoupled"}, "diagonal EWC (decoupled, ewc_lambda 15000)"),
+        ({"penalty": "ewc"}, "diagonal EWC (loss, 15000)"),
+        ({"penalty": "rank1_ewc"}, "rank-1 EWC (loss, 15000)"),
+        ({"penalty": "rank1_ewc", "ewc_lambda": 100.0}, "rank-1 EWC (loss, 100)"),
+        ({"penalty": "ewc", "ewc_lambda": "auto"}, "diagonal EWC (loss, auto)"),
+        ({"penalty": "ewc", "penalty_mode": "decoupled"}, "diagonal EWC (decoupled, 15000)"),
         (
             {**RANK1_CONFIG, "penalty_mode": "decoupled", "ewc_lambda": "auto"},
             "rank-1 EWC + distillation (decoupled, auto)",
@@ -190,7 +190,9 @@ def test_report_reads_as_a_page_with_its_pictures(tmp_path):
     assert links[0] == "samples/task-02.png" and {f"plots/{name}.png" for name in plots} < set(links)
 
     summary = text.splitlines()[2]
-    assert summary.startswith("**rank-1 EWC + distillation**, 3 tasks: the generated images lie 1.83 from real ones")
+    assert summary.startswith(
+        "**rank-1 EWC + distillation (loss, 15000)**, 3 tasks: the generated images lie 1.83 from real ones"
+    )
     assert "2.20 now" in summary and "so 0.37 was forgotten, more than the floor's spread" in summary
     assert "real against real images: 0.500 \u00b1 0.250" in summary and "recognises 78% of them" in summary
     assert row_of(text, "fd_classifier (lower is better)")[1:6] == [
