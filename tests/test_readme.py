@@ -42,7 +42,7 @@ def test_named_options_exist():
     known = {field.name for field in dataclasses.fields(TrainingConfig)}
     named = set(re.findall(r"`(?:--)?([a-z0-9]+(?:_[a-z0-9]+)+)`", README))
     scripts = {"generative_replay", "generative_distillation", "rank1_ewc", "train_continual", "from_pretrained"}
-    scripts |= {"fd_classifier", "state_dict", "load_state_dict", "save_pretrained"}
+    scripts |= {"fd_classifier", "state_dict", "load_state_dict", "save_pretrained", "signal_ratio"}
     assert named - scripts <= known, named - scripts - known
 
 
@@ -59,6 +59,7 @@ def test_recognised_digits_are_those_of_the_committed_results():
     recognised = json.loads((ROOT / "results" / "digits" / "recognised.json").read_text())
     assert all(run["judge"]["test_accuracy"] >= 0.97 for run in recognised)
     default = [run for run in recognised if run["penalty"] == ["rank1_ewc", "decoupled", "auto"]]
+    default = [run for run in default if run["replay"] == "generative_distillation"]
     assert sorted(run["seed"] for run in default) == [0, 1, 2]
     lowest = sorted(run["lowest"] for run in default)
     assert lowest[0] >= 90
