@@ -15,6 +15,7 @@ import os
 import shlex
 import shutil
 import sys
+import warnings
 from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
@@ -63,6 +64,8 @@ from diffusers_cl.tasks import StepBatches, TaskImages, keep_batch, resolve_task
 
 
 logger = get_logger(__name__, log_level="INFO")
+# Torch's own, at the first forward-mode product.
+warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated", category=FutureWarning)
 
 REPLAYS = {
     "none": None,
@@ -560,6 +563,12 @@ def run(arguments: list[str] | None = None) -> int:
         if output_dir is not None and not isinstance(error, (ConfigError, StorageError)):
             write_status(output_dir, error.exit_code, message)
         return error.exit_code
+    except KeyboardInterrupt:
+        message = "interrupted; the same command goes on from the newest checkpoint"
+        print(f"train_continual.py: {message}", file=sys.stderr)
+        if output_dir is not None:
+            write_status(output_dir, 130, message)
+        return 130
     write_status(output_dir, 0, "finished")
     return 0
 

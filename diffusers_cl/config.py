@@ -1,8 +1,10 @@
 """The configuration of a run: one flat dataclass, filled from YAML files and the command line."""
 
+import argparse
 import dataclasses
 import difflib
 import math
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +29,8 @@ OPERATIONAL_KEYS = (
     "dataloader_num_workers",
 )
 NUM_TRAIN_TIMESTEPS = 1000
+# What jsonargparse says of a value that fits none of several types.
+UNION_MESSAGE = r'Parser key "([^"]+)": Does not validate .* Subtypes: \[(.*)\] Errors: .* Given value: (.*)'
 
 
 @dataclass
@@ -206,12 +210,11 @@ def validate(config: TrainingConfig) -> None:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         require(not isinstance(value, float) or math.isfinite(value), field.name, "finite numbers")
-    if (config.dataset_name is None) == (config.train_data_dir is None):
-        given = f"dataset_name ({config.dataset_name!r}) and train_data_dir ({config.train_data_dir!r})"
-        raise ConfigError(f"give exactly one of {given}")
-    if (config.tasks is None) == (config.classes_per_task is None):
-        given = f"tasks ({config.tasks!r}) and classes_per_task ({config.classes_per_task!r})"
-        raise ConfigError(f"give exactly one of {given}")
+    for one, other in (("dataset_name", "train_data_dir"), ("tasks", "classes_per_task")):
+        first, second = getattr(config, one), getattr(config, other)
+        if (first is None) == (second is None):
+            both = f"{one} ({first!r}) and {other} ({second!r})"
+            raise ConfigError(f"give exactly one of {both}; null takes back a preset's")
     if config.tasks is not None:
         require(config.class_order is None, "class_order", "null when tasks are listed")
         require(len(config.tasks) > 0 and all(config.tasks), "tasks", "non-empty lists of classes")
@@ -253,21 +256,15 @@ class _Parser(ArgumentParser):
     """Raises instead of printing the usage: a fault is one sentence."""
 
     def error(self, message: str, ex: Exception | None = None):
-        raise ConfigError(" ".join(message.split())) from ex
-
-
-def _parser() -> ArgumentParser:
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = _Parser(prog="train_continual.py", description=TrainingConfig.__doc__, exit_on_error=False)
-    parser.add_argument("--config", action="config", help="a YAML file; may be repeated, a later one wins")
-    parser.add_class_arguments(TrainingConfig, as_group=False)
-    return parser
+        text = re.sub(r"<class '(\w+)'>|typing\.Literal\[([^]]*)\]", r"\1\2", " ".join(message.split()))
+        text = re.sub(r'Parser key "([^"]+)": Expected an? (.*?)\. Got value: (.*)', r"\1 is \3; allowed: \2", text)
+        raise ConfigError(re.sub(UNION_MESSAGE, r"\1 is \3; allowed: \2", text)) from ex
 
 
 def _check_keys(keys: list[str], where: str) -> None:
     known = [field.name for field in dataclasses.fields(TrainingConfig)]
     for key in keys:
-        if key not in known:
+        if str(key).removesuffix("+") not in known:
             close = difflib.get_close_matches(str(key), known, n=1)
             raise ConfigError(f"{where}: unknown key {key!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
 
@@ -279,17 +276,14 @@ def parse_config(arguments: list[str] | None = None) -> TrainingConfig:
     Raises:
         ConfigError: unknown key, wrong type or impossible combination, naming the key and what is allowed.
     """
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
     # Files first: the command line wins wherever it stands.
-    files, rest = [], []
-    while arguments:
-        argument = arguments.pop(0)
-        if argument == "--config" and arguments:
-            files.append(arguments.pop(0))
-        elif argument.startswith("--config="):
-            files.append(argument.split("=", 1)[1])
-        else:
-            rest.append(argument)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first.add_argument("--config", action="append", default=[])
+    try:
+        found, rest = first.parse_known_args(sys.argv[1:] if arguments is None else arguments)
+    except argparse.ArgumentError as error:
+        raise ConfigError(str(error)) from error
+    files = found.config
     for file in files:
         try:
             content = yaml.safe_load(Path(file).read_text())
@@ -304,7 +298,11 @@ def parse_config(arguments: list[str] | None = None) -> TrainingConfig:
     for position in reversed(range(len(rest))):
         if rest[position] in switches and (rest + ["--"])[position + 1].startswith("--"):
             rest[position] += "=true"
-    parser = _parser()
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    description = TrainingConfig.__doc__
+    parser = _Parser(prog="train_continual.py", description=description, exit_on_error=False, print_config=None)
+    parser.add_argument("--config", action="config", help="a YAML file; may be repeated, a later one wins")
+    parser.add_class_arguments(TrainingConfig, as_group=False)
     try:
         namespace = parser.parse_args([part for file in files for part in ("--config", file)] + rest)
     except ArgumentError as error:

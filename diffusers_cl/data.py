@@ -191,7 +191,7 @@ def load_splits(config: TrainingConfig) -> tuple[ImageSplit, ImageSplit]:
             loaded = datasets.load_dataset(config.dataset_name, config.dataset_config_name, cache_dir=config.cache_dir)
         else:
             if not Path(config.train_data_dir).is_dir():
-                raise DataError(f"train_data_dir: {config.train_data_dir} is no folder")
+                raise DataError(f"train_data_dir: there is no folder {config.train_data_dir}")
             loaded = datasets.load_dataset(
                 "imagefolder", data_dir=config.train_data_dir, drop_labels=False, cache_dir=config.cache_dir
             )

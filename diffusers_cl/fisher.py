@@ -11,7 +11,7 @@ import contextlib
 import math
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch.func import functional_call, grad, jvp, vmap
@@ -41,7 +41,7 @@ class Rank1Fisher:
         trace (`float` or `None`), trace_num_samples (`int`): E|g|^2 over so many draws.
     """
 
-    direction: dict[str, torch.Tensor]
+    direction: dict[str, torch.Tensor] = field(repr=False)
     second_moment: float
     mean_gradient_norm: float
     num_samples: int
@@ -126,14 +126,11 @@ def mean_gradient(
     model: torch.nn.Module, losses: Losses, batches: Iterable, reduce: Reduce = _identity
 ) -> tuple[dict[str, torch.Tensor], int, torch.Tensor]:
     """
-    Returns mu = E[g] by one ordinary backward pass a batch, summed in float64.
-
-    Returns:
-        mu (`dict[str, torch.Tensor]`, float64), and the number and a checksum of this process's draws.
+    Returns mu = E[g] by one ordinary backward pass a batch, in float64, and the number and a checksum of this process's
+    draws.
 
     Raises:
-        ValueError: when there are no draws.
-        FloatingPointError: when mu is not finite.
+        ValueError: no draws, or not one loss a row. FloatingPointError: mu is not finite.
     """
     parameters = trainable_parameters(model)
     device = next(iter(parameters.values())).device
@@ -141,7 +138,10 @@ def mean_gradient(
     count, checksum = 0, torch.zeros((), dtype=torch.float64, device=device)
     with _estimating(model):
         for batch in batches:
-            gradients = torch.autograd.grad(losses(model, batch).sum(), list(parameters.values()))
+            values = losses(model, batch)
+            if values.shape != (len(batch[0]),):
+                raise ValueError(f"losses has to return one loss a row, {len(batch[0])}, not {tuple(values.shape)}")
+            gradients = torch.autograd.grad(values.sum(), list(parameters.values()))
             for accumulated, gradient in zip(total.values(), gradients, strict=True):
                 accumulated += gradient
             checksum += _checksum(batch, count)

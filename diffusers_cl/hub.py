@@ -11,6 +11,7 @@ from .checkpoint import publish_folder, verify_folder
 from .config import TrainingConfig
 from .errors import CheckpointError
 from .pipeline import ClassConditionalPipeline
+from .report import dataset_name
 
 
 CONSOLIDATION = "consolidation"
@@ -91,7 +92,7 @@ def write_task_folder(
 def model_card(pipeline: ClassConditionalPipeline, state: dict, config: TrainingConfig, results: list[str]) -> str:
     """Returns the README.md of a task folder: what the model draws, how to sample it, how it was made and measured."""
     known = list(pipeline.known_classes.values())
-    dataset = config.dataset_name or config.train_data_dir
+    dataset = dataset_name(asdict(config))
     front = [
         "---",
         f"license: {config.license}",

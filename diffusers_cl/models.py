@@ -42,7 +42,7 @@ def load_unet_config(config: TrainingConfig) -> dict:
     if config.resolution % factor:
         raise ConfigError(
             f"resolution is {config.resolution}; allowed: multiples of {factor}, because the network halves it"
-            f" {len(channels) - 1} times"
+            f" {len(channels) - 1} time(s)"
         )
     return unet_config
 

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import numpy as np
+
 from .plots import format_number, plot_curves, plot_heat_map, plot_losses, read_train_log
 
 
@@ -12,9 +14,9 @@ PENALTY_NAMES = {"ewc": "diagonal EWC", "rank1_ewc": "rank-1 EWC"}
 REPLAY_NAMES = {"generative_replay": "generative replay", "generative_distillation": "distillation"}
 METRIC_MEANINGS = {
     "fid": "Frechet distance of InceptionV3 features",
-    "kid": "kernel distance of InceptionV3 features",
+    "kid": "kernel distance of InceptionV3 features; unbiased, so it may be below 0",
     "fd_": "Frechet distance of this extractor's features; not FID",
-    "kd_": "kernel distance of this extractor's features; not KID",
+    "kd_": "kernel distance of this extractor's features; not KID; unbiased, so it may be below 0",
     "recall": "share of real images that have a generated one near them",
     "accuracy": "generated images that a classifier trained on real ones gives their own class",
     "kld": "KL(real, generated) over predicted classes",
@@ -28,6 +30,8 @@ FISHER_COLUMNS = {
 }
 # Longer tables of classes are folded away.
 MAX_OPEN_CLASSES = 20
+# Distances of fewer images a task get a warning.
+FEW_IMAGES = 50
 
 
 def method_name(config: dict) -> str:
@@ -59,8 +63,9 @@ def headline_metric(metrics: dict) -> str:
 
 
 def dataset_name(config: dict) -> str:
-    """Returns the name of the data set of a configuration: its id on the Hub, or its folder."""
-    return config["dataset_name"] or config["train_data_dir"]
+    """Returns the name of the data set of a configuration: its id on the Hub, or its folder's name without the path."""
+    name = config["dataset_name"] or config["train_data_dir"]
+    return Path(name).resolve().name if config["dataset_name"] is None or Path(name).is_dir() else name
 
 
 def format_spread(mean: float, spread: float) -> str:
@@ -96,7 +101,8 @@ def measurement_note(metrics: dict, name: str, floor: dict | None) -> str:
         note += (
             f" Floor: the same between two disjoint halves of the real images ({count_range(floor['num_images'])} "
             f"each; fewer images give a larger distance), {PLUS_MINUS} its spread over resampling, averaged over "
-            f"tasks. **A difference below that spread ({format_number(floor['std'])} in {name}) is noise.**"
+            f"tasks. **A difference below that spread ({format_number(floor['std'])} in {name}) is noise**; a larger one "
+            "counts if it repeats over seeds."
         )
     return f"{note} Average = learning + forgetting. Where higher is better, a forgetting below 0 is the loss."
 
@@ -152,9 +158,13 @@ def _summary(metrics: dict) -> str:
         else:
             what = "was forgotten" if forgetting > 0 else "was gained on old tasks"
             text += f"; so {format_number(abs(forgetting), scale=now)} {what}, more than the floor's spread"
+        if np.min(metrics["num_images"][-1]) < FEW_IMAGES:
+            text += f" (with fewer than {FEW_IMAGES} images a task that says little)"
     if "accuracy" in metrics["metrics"]:
         accuracy = metrics["metrics"]["accuracy"]["average"][-1]
         text += f"; a classifier trained on real images recognises {accuracy:.0%} of them"
+        if "test_accuracy" in metrics.get("feature_extractor_info", {}):
+            text += f" (and {metrics['feature_extractor_info']['test_accuracy']:.0%} of the real test images)"
     return text + "."
 
 
@@ -192,10 +202,10 @@ def _machine_lines(run: dict) -> list[str]:
     images = ", ".join(f"{count} {what}" for what, count in run["images"].items())
     versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
     return [
-        *["## Time", "", "| phase | minutes | share |", "|---|---|---|"],
-        *[f"| {phase} | {spent / 60:.1f} | {spent / total:.0%} |" for phase, spent in seconds],
+        *["## Time", "", "| phase | seconds | share |", "|---|---|---|"],
+        *[f"| {phase} | {spent:.0f} | {spent / total:.0%} |" for phase, spent in seconds],
         "",
-        f"Images: {images}. Device {run['device']}, {run['threads']} threads, peak memory "
+        f"Images: {images}. Device {run['device']}, {run['threads']} thread(s), peak memory "
         f"{format_number(run['peak_memory_gib'])} GiB, {run['restarts']} restarts; {versions}.",
         "",
     ]
@@ -246,12 +256,14 @@ def write_report(output_dir: str | Path) -> Path:
         return [f"## {title}", "", text, "", *lines] if lines else []
 
     samples = sorted((output_dir / "samples").glob("task-*.png"))
+    learned = [name for names in metrics["tasks"][: len(metrics["num_images"][-1])] for name in names]
+    rows = f"Rows from the top: {', '.join(learned[:100])}."
     grids = [picture(f"samples/{path.name}", f"Samples after {path.stem}, a row a class") for path in samples]
     recall = metrics["metrics"]["recall"]["average"][-1]
     run = output_dir / "run.json"
     lines = [
         *[f"# {method_name(config)} on {dataset_name(config)}", "", _summary(metrics), ""],
-        *(grids[-1] if grids else []),
+        *([*grids[-1], rows, ""] if grids else []),
         *["## Result", "", *key_table(metrics), ""],
         *picture("plots/task_matrix.png", f"{name} of every task after every task"),
         *picture("plots/forgetting.png", f"Change of {name} since each task was learned"),
@@ -268,8 +280,9 @@ def write_report(output_dir: str | Path) -> Path:
         ),
         *section(
             "Copies or new images",
-            "Generated images, each above the training image nearest to it: equal pairs are copies. Recall, the share "
-            f"of real images with a generated one near, is {format_number(recall)}.",
+            "Generated images, each above the training image nearest to it: equal pairs are copies. Recall "
+            f"({format_number(recall)}) is about variety, low where a few images are drawn again and again; it means "
+            "nothing with few images.",
             picture("plots/nearest.png", "Generated above nearest training images"),
         ),
         *section(

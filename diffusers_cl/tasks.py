@@ -27,9 +27,9 @@ def resolve_tasks(config: TrainingConfig, train: ImageSplit, test: ImageSplit) -
             return str(entry)
         if isinstance(entry, int) and 0 <= entry < len(names):
             return names[entry]
-        raise DataError(
-            f"{key}: the dataset has no class {entry!r}; it has {', '.join(names[:20])}" + ", ..." * (len(names) > 20)
-        )
+        known = ", ".join(names[:20]) + ", ..." * (len(names) > 20)
+        hint = "; train_data_dir has to hold one folder a class" if config.train_data_dir is not None else ""
+        raise DataError(f"{key}: the dataset has no class {entry!r}; it has {known}{hint}")
 
     if config.tasks is not None:
         tasks = [[name_of(entry, "tasks") for entry in task] for task in config.tasks]

@@ -64,3 +64,8 @@ def test_recognised_digits_are_those_of_the_committed_results():
     lowest = sorted(run["lowest"] for run in default)
     assert lowest[0] >= 90
     assert f"{lowest[0]} to {lowest[-1]} of 100" in README
+
+
+def test_the_time_of_the_demo_is_that_of_the_committed_run():
+    seconds = json.loads((ROOT / "results" / "digits" / "demo.json").read_text())["run"]["seconds"]["total"]
+    assert f"took {seconds / 60:.1f} minutes" in README
