@@ -539,7 +539,9 @@ def main(config: TrainingConfig) -> None:
 def write_status(output_dir: Path, exit_code: int, message: str) -> None:
     """Writes `status.json`: how the run ended, and the command to go on. Only into a folder that is a run's."""
     if (output_dir / "config.yaml").exists() and int(os.environ.get("RANK", 0)) == 0:
-        command = f"accelerate launch {shlex.join(sys.argv)}"
+        # Going on is not starting over.
+        arguments = [argument for argument in sys.argv if not argument.startswith("--overwrite_output_dir")]
+        command = f"accelerate launch {shlex.join(arguments)}"
         write_json(output_dir / "status.json", {"exit_code": exit_code, "message": message, "command": command})
 
 
@@ -564,7 +566,7 @@ def run(arguments: list[str] | None = None) -> int:
             write_status(output_dir, error.exit_code, message)
         return error.exit_code
     except KeyboardInterrupt:
-        message = "interrupted; the same command goes on from the newest checkpoint"
+        message = "interrupted; the command in status.json goes on from the newest checkpoint"
         print(f"train_continual.py: {message}", file=sys.stderr)
         if output_dir is not None:
             write_status(output_dir, 130, message)

@@ -206,8 +206,8 @@ def test_report_reads_as_a_page_with_its_pictures(tmp_path):
     assert "72 generated" in text and "(36 each" in text
     assert row_of(text, "0") == ["0", "task-00", "90%", "78%", "-12"]
     assert row_of(text, "task-01") == ["task-01", "144", "10.0", "0.500", "0.125", "50.0"]
-    assert "Recall, the share of real images with a generated one near, is 0.780" in text
-    assert row_of(text, "train") == ["train", "1.5", "75%"]
+    assert "Recall (0.780) is about variety" in text
+    assert row_of(text, "train") == ["train", "90", "75%"]
     assert text.index("<details><summary>Configuration") > text.index("## Time")
 
 

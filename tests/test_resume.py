@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import time
 from pathlib import Path
 
@@ -57,18 +58,23 @@ def test_an_interrupted_run_ends_like_one_that_was_not(
     assert_equal_runs(output_dir, whole)
 
 
-def test_killed_twice(whole_run, files, tmp_path):
-    """Two real SIGKILLs, each within the writing or the steps that follow a checkpoint, then the same command."""
+def test_killed_twice_and_interrupted(whole_run, files, tmp_path):
+    """Real SIGKILLs and a Ctrl-C, within the writing or the steps that follow a checkpoint, then the same command."""
     whole, output_dir = whole_run("plain"), tmp_path / "run"
     command = arguments(files, output_dir)
-    for checkpoint in ("checkpoint-2", "checkpoint-7"):
+    interruptions = {"checkpoint-2": signal.SIGKILL, "checkpoint-4": signal.SIGINT, "checkpoint-7": signal.SIGKILL}
+    for checkpoint, number in interruptions.items():
         process = start(files, command)
         deadline = time.monotonic() + 120
         while not (output_dir / checkpoint).exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.002)
-        process.kill()
+        process.send_signal(number)
         _, errors = process.communicate()
-        assert process.returncode == -9, errors[-2000:]
+        assert process.returncode == (130 if number == signal.SIGINT else -9), errors[-2000:]
+        if number == signal.SIGINT:
+            status = json.loads((output_dir / "status.json").read_text())
+            assert status["exit_code"] == 130 and "goes on" in status["message"]
+            assert "Traceback" not in errors
         assert not (output_dir / "task-01").exists()
     assert run(command) == 0
     assert_equal_runs(output_dir, whole)
