@@ -412,10 +412,9 @@ def main(config: TrainingConfig) -> None:
                         ema_model.step(unet.parameters())
                     progress_bar.update(1)
                     global_step += 1
-                    record.content["images"]["trained"] += num_new * config.gradient_accumulation_steps
-                    record.content["images"]["replayed"] += (
-                        len(images) - num_new
-                    ) * config.gradient_accumulation_steps
+                    num_batches = config.gradient_accumulation_steps * accelerator.num_processes
+                    record.content["images"]["trained"] += num_new * num_batches
+                    record.content["images"]["replayed"] += (len(images) - num_new) * num_batches
 
                     logs = {"loss": values[0], "loss_new": values[1], "grad_norm": grad_norm, "lr": lr}
                     if replay:

@@ -58,27 +58,39 @@ def test_an_interrupted_run_ends_like_one_that_was_not(
     assert_equal_runs(output_dir, whole)
 
 
-def test_killed_twice_and_interrupted(whole_run, files, tmp_path):
-    """Real SIGKILLs and a Ctrl-C, within the writing or the steps that follow a checkpoint, then the same command."""
+def start_until(files, command: list[str], checkpoint: Path):
+    """Returns the process of a run that has just published a checkpoint."""
+    process = start(files, command)
+    deadline = time.monotonic() + 120
+    while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    return process
+
+
+def test_killed_twice(whole_run, files, tmp_path):
+    """Two real SIGKILLs, each within the writing or the steps that follow a checkpoint, then the same command."""
     whole, output_dir = whole_run("plain"), tmp_path / "run"
     command = arguments(files, output_dir)
-    interruptions = {"checkpoint-2": signal.SIGKILL, "checkpoint-4": signal.SIGINT, "checkpoint-7": signal.SIGKILL}
-    for checkpoint, number in interruptions.items():
-        process = start(files, command)
-        deadline = time.monotonic() + 120
-        while not (output_dir / checkpoint).exists() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.002)
-        process.send_signal(number)
+    for checkpoint in ("checkpoint-2", "checkpoint-7"):
+        process = start_until(files, command, output_dir / checkpoint)
+        process.kill()
         _, errors = process.communicate()
-        assert process.returncode == (130 if number == signal.SIGINT else -9), errors[-2000:]
-        if number == signal.SIGINT:
-            status = json.loads((output_dir / "status.json").read_text())
-            assert status["exit_code"] == 130 and "goes on" in status["message"]
-            assert "Traceback" not in errors
+        assert process.returncode == -9, errors[-2000:]
         assert not (output_dir / "task-01").exists()
     assert run(command) == 0
     assert_equal_runs(output_dir, whole)
     assert json.loads((output_dir / "status.json").read_text())["exit_code"] == 0
+
+
+def test_interrupted_by_hand(files, tmp_path):
+    output_dir = tmp_path / "run"
+    process = start_until(files, arguments(files, output_dir, max_train_steps=2000), output_dir / "checkpoint-1")
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors[-2000:]
+    assert "Traceback" not in errors
+    status = json.loads((output_dir / "status.json").read_text())
+    assert status["exit_code"] == 130 and "goes on" in status["message"]
 
 
 def test_a_finished_run_is_left_alone(whole_run, files, tmp_path, capfd):
