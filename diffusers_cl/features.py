@@ -85,11 +85,6 @@ class FeatureExtractor:
         self.name, self.network, self.device = name, network.to(device).eval().requires_grad_(False), device
         self.class_names, self.info = class_names, {"name": name, **(info or {})}
 
-    @property
-    def prefix(self) -> str:
-        """Returns what distances on these features are called by."""
-        return "classifier" if self.class_names is not None else "features"
-
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> tuple[torch.Tensor, list[str] | None]:
         """

@@ -4,7 +4,7 @@ Empirical Fisher of the denoising loss: the uncentred second moment of per-sampl
 Every function takes `losses(model, batch) -> (batch,)`, which calls nothing but `model(...)` (it is handed a functional
 stand-in), and re-iterable `batches` of tuples of tensors that gives the same draws every time. Estimates are taken in
 eval mode and in float32 with TF32 off; whatever was set before is put back. `reduce` sums a tensor over processes that
-each hold a part of the draws. It is not the true Fisher (no label is drawn from the model): see METHOD in README.
+each hold a part of the draws. It is not the true Fisher (no label is drawn from the model): see README, "What is computed".
 """
 
 import contextlib
