@@ -45,6 +45,7 @@ from diffusers_cl.checkpoint import (
     write_text,
 )
 from diffusers_cl.config import NUM_TRAIN_TIMESTEPS, OPERATIONAL_KEYS, TrainingConfig, parse_config, to_yaml
+from diffusers_cl.controls import L2Penalty, RandomDirectionEWC
 from diffusers_cl.data import load_splits
 from diffusers_cl.draws import FisherBatches
 from diffusers_cl.errors import CheckpointError, ConfigError, NonFiniteError, RunError, StorageError
@@ -56,10 +57,11 @@ from diffusers_cl.models import create_unet, load_unet_config
 from diffusers_cl.pipeline import ClassConditionalPipeline, from_uint8
 from diffusers_cl.randomness import derive_seed
 from diffusers_cl.record import RunRecord
-from diffusers_cl.replay import replay_weights
-from diffusers_cl.replay_images import replay_images_for_task
+from diffusers_cl.replay import LearningWithoutForgetting, MemoryReplay, replay_weights
+from diffusers_cl.replay_images import MEMORY_NAME, extend_memory, replay_images_for_task
 from diffusers_cl.report import key_table, write_report
 from diffusers_cl.sampling import image_grid, sample_images
+from diffusers_cl.starvation import PenaltyShare
 from diffusers_cl.tasks import StepBatches, TaskImages, keep_batch, resolve_tasks
 
 
@@ -71,8 +73,16 @@ REPLAYS = {
     "none": None,
     "generative_replay": GenerativeReplay,
     "generative_distillation": GenerativeDistillation,
+    "lwf": LearningWithoutForgetting,
+    "memory": MemoryReplay,
 }
-PENALTIES = {"none": None, "ewc": DiagonalEWC, "rank1_ewc": Rank1EWC}
+PENALTIES = {
+    "none": None,
+    "ewc": DiagonalEWC,
+    "rank1_ewc": Rank1EWC,
+    "l2": L2Penalty,
+    "random_direction": RandomDirectionEWC,
+}
 
 
 def check_output_dir(config: TrainingConfig) -> None:
@@ -233,25 +243,33 @@ def main(config: TrainingConfig) -> None:
         seen = [name for names in tasks[: num_tasks_seen[task]] for name in names]
 
         # The model of the previous task is the teacher, and generates what is replayed.
+        memory = None
         if replay is not None and task > 0:
             with record.phase("replay"):
                 teacher = copy.deepcopy(unet).eval().requires_grad_(False)
-                images, class_labels, num_generated = replay_images_for_task(
-                    output_dir,
-                    task,
-                    [[class_ids[name] for name in names] for names in tasks],
-                    config.replay_images_per_class,
-                    config.replay_refresh,
-                    sampler(
-                        teacher,
-                        config.replay_num_inference_steps,
-                        config.replay_batch_size,
-                        f"Task {task}: generating replay",
-                    ),
-                    accelerator,
-                    logger.warning,
-                )
-                record.content["images"]["generated"] += num_generated
+                earlier = [[class_ids[name] for name in names] for names in tasks[:task]]
+                if replay.source == "generated":
+                    images, class_labels, num_generated = replay_images_for_task(
+                        output_dir,
+                        task,
+                        earlier,
+                        config.replay_images_per_class,
+                        config.replay_refresh,
+                        sampler(
+                            teacher,
+                            config.replay_num_inference_steps,
+                            config.replay_batch_size,
+                            f"Task {task}: generating replay",
+                        ),
+                        accelerator,
+                        logger.warning,
+                    )
+                    record.content["images"]["generated"] += num_generated
+                elif replay.source == "memory":
+                    memory = load_file(task_folder(output_dir, task - 1) / CONSOLIDATION / MEMORY_NAME)
+                    images, class_labels = memory["images"].to(device), memory["class_labels"].to(device)
+                else:
+                    images, class_labels = None, torch.tensor([class_id for ids in earlier for class_id in ids])
                 replay.update(images, class_labels, teacher)
         w_new, w_old = replay_weights(config.replay_weighting, task if replay else 0, config.distillation_weight)
 
@@ -336,6 +354,9 @@ def main(config: TrainingConfig) -> None:
         progress_bar = tqdm(
             total=max_train_steps, initial=global_step - step_before_task, desc=f"Task {task}: training", disable=quiet
         )
+        penalty_share = PenaltyShare(
+            penalty, config.penalty_mode, lambda text, task=task: logger.warning(f"Task {task}: {text}")
+        )
         with record.phase("train"):
             model.train()
             parts = torch.zeros(4, device=device)
@@ -353,7 +374,7 @@ def main(config: TrainingConfig) -> None:
                 images, class_labels = images.to(device), class_labels.to(device)
                 num_new = len(images)
                 if replay:
-                    replayed_images, replayed_labels = replay.sample(num_new)
+                    replayed_images, replayed_labels = replay.sample(images)
                     images = torch.cat([images, replayed_images.to(device)])
                     class_labels = torch.cat([class_labels, replayed_labels.to(device)])
                 clean_images = from_uint8(images)
@@ -399,12 +420,14 @@ def main(config: TrainingConfig) -> None:
                                 f"task {task}, step {global_step}: loss {values[0]}, gradient norm {grad_norm}; nothing was"
                                 " updated, the last checkpoint is kept"
                             )
+                        penalty_share.before_update(unet, global_step)
                     prepared_optimizer.step()
                     prepared_optimizer.zero_grad()
 
                 # Checks if the accelerator has performed an optimization step behind the scenes
                 if accelerator.sync_gradients:
                     lr = lr_scheduler.get_last_lr()[0]
+                    penalty_share.after_update(unet)
                     if penalty is not None and config.penalty_mode == "decoupled":
                         penalty.step(unet, lr)
                     lr_scheduler.step()
@@ -421,6 +444,8 @@ def main(config: TrainingConfig) -> None:
                         logs["loss_replay"] = values[2]
                     if penalty is not None and config.penalty_mode == "loss":
                         logs["penalty"] = values[3]
+                    if (share := penalty_share.finish(unet)) is not None:
+                        logs["penalty_share"] = share
                     if ema_model is not None:
                         logs["ema_decay"] = ema_model.cur_decay_value
                     parts = torch.zeros_like(parts)
@@ -511,6 +536,16 @@ def main(config: TrainingConfig) -> None:
                 if config.report_to == "tensorboard":
                     tracker = accelerator.get_tracker("tensorboard")
                     tracker.log_images({"samples": first_images.numpy()}, step=global_step)
+                if replay is not None and replay.source == "memory":
+                    memory = extend_memory(
+                        memory,
+                        TaskImages(task_rows, class_ids),
+                        config.memory_images_per_class,
+                        config.memory_bytes,
+                        config.seed,
+                    )
+                generated = {"images": replay.images} if replay and config.replay_refresh == "once" else None
+                record.stored(penalty=penalty and penalty.state_dict(), memory=memory, replay=generated)
                 write_json(output_dir / "metrics.json", metrics)
                 record.write()
                 write_report(output_dir)
@@ -525,7 +560,7 @@ def main(config: TrainingConfig) -> None:
                     "fisher": metrics["fisher"],
                 }
                 pipeline = ClassConditionalPipeline(unet, noise_scheduler, {class_ids[name]: name for name in seen})
-                write_task_folder(output_dir, pipeline, penalty, state, grid, config, key_table(metrics))
+                write_task_folder(output_dir, pipeline, penalty, memory, state, grid, config, key_table(metrics))
             accelerator.wait_for_everyone()
 
     if accelerator.is_main_process:

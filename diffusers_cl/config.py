@@ -79,9 +79,10 @@ class TrainingConfig:
     """Rows of the class embedding; by default the number of classes in all tasks."""
 
     # Method
-    replay: Literal["none", "generative_replay", "generative_distillation"] = "none"
-    """Rows of earlier classes in every batch, from the previous task's model: with the noise as target
-    (`generative_replay`) or that model's prediction (`generative_distillation`)."""
+    replay: Literal["none", "generative_replay", "generative_distillation", "lwf", "memory"] = "none"
+    """Rows of earlier classes in every batch: drawn by the previous task's model, with the noise as target
+    (`generative_replay`) or that model's prediction (`generative_distillation`); the new images again under earlier
+    classes, with its prediction (`lwf`); or a few real images that are kept (`memory`)."""
     replay_weighting: Literal["sum", "by_task"] = "sum"
     """`sum`: new rows weigh 1, replayed rows `distillation_weight`; `by_task`: 1/k and 1 - 1/k in task k."""
     distillation_weight: float = 1.0
@@ -95,8 +96,13 @@ class TrainingConfig:
     replay_refresh: Literal["latest", "once"] = "latest"
     """`latest`: before each task everything is generated anew from the newest model; `once`: a class is generated right
     after it was learned and kept."""
-    penalty: Literal["none", "ewc", "rank1_ewc"] = "none"
-    """A quadratic penalty around the weights of finished tasks, with a diagonal or a rank-1 Fisher."""
+    memory_images_per_class: int = 10
+    """For `replay: memory`: how many real images of every class are kept."""
+    memory_bytes: int | None = None
+    """In place of that, bytes for the kept images of all classes together: each class's share shrinks as they come."""
+    penalty: Literal["none", "ewc", "rank1_ewc", "l2", "random_direction"] = "none"
+    """A quadratic penalty around the weights of finished tasks, with a diagonal or a rank-1 Fisher; `l2` (all parameters
+    alike) and `random_direction` (of the strength of `rank1_ewc`) are there to judge them by."""
     penalty_mode: Literal["loss", "decoupled"] = "loss"
     """`loss`: added to the loss (the paper); `decoupled`: an exact proximal step after the optimizer's (not the paper)."""
     ewc_lambda: float | Literal["auto"] = 15_000.0
@@ -231,6 +237,7 @@ def validate(config: TrainingConfig) -> None:
         + ("num_train_epochs", "gradient_accumulation_steps", "checkpointing_steps", "checkpoints_total_limit")
         + ("replay_images_per_class", "replay_num_inference_steps", "replay_batch_size", "fisher_samples")
         + ("eval_images_per_class", "eval_num_inference_steps", "eval_batch_size")
+        + ("memory_images_per_class", "memory_bytes")
     ):
         require(getattr(config, key) is None or getattr(config, key) >= 1, key, "whole numbers from 1")
     require(config.max_train_steps != [], "max_train_steps", "at least one number")

@@ -16,15 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from .fisher import (
-    Losses,
-    Rank1Fisher,
-    Reduce,
-    _identity,
-    diagonal_fisher,
-    rank1_fisher,
-    trainable_parameters,
-)
+from .fisher import Losses, Rank1Fisher, Reduce, _identity, diagonal_fisher, rank1_fisher, trainable_parameters
 
 
 WEIGHTS_NAME = "ewc.safetensors"
@@ -207,6 +199,10 @@ class Rank1EWC(_Penalty):
         for name, parameter in parameters.items():
             parameter.copy_(parameter.double() - (solution @ directions[name]).view_as(parameter))
 
+    def _direction(self, model: torch.nn.Module, fisher: Rank1Fisher, batches, reduce: Reduce):
+        """What the penalty holds; a control replaces it."""
+        return fisher.direction
+
     def consolidate(
         self, model: torch.nn.Module, losses: Losses, batches, reduce: Reduce = _identity, diagnostics: bool = True
     ) -> Rank1Fisher:
@@ -226,10 +222,11 @@ class Rank1EWC(_Penalty):
         parameters = self._parameters(model)
         curvature = diagnostics or self.ewc_lambda == "auto"
         fisher = rank1_fisher(model, losses, batches, diagnostics, curvature, reduce=reduce)
+        direction = self._direction(model, fisher, batches, reduce)
         known = self.tensors.setdefault("direction", {})
         offset = 0.0
         for name, parameter in parameters.items():
-            v = fisher.direction[name]
+            v = direction[name]
             offset += torch.dot(v.flatten().double(), parameter.detach().flatten().double()).item()
             known[name] = torch.cat([known[name], v[None]]) if name in known else v[None]
         measured = {name: value for name, value in vars(fisher).items() if name != "direction"}
@@ -284,6 +281,16 @@ class DiagonalEWC(_Penalty):
             weighted, anchor = self.tensors["fisher"][name].double(), self.tensors["anchor"][name].double()
             parameter.copy_(torch.lerp(anchor, parameter.double(), 1 / (1 + lr * self._weight() * weighted)))
 
+    def _estimate(self, model: torch.nn.Module, losses: Losses, batches, reduce: Reduce = _identity):
+        """The task's diagonal (scaled, under `auto`), the number of draws and the curvature, where it was measured."""
+        fisher, num_samples = diagonal_fisher(model, losses, batches, reduce=reduce)
+        if self.ewc_lambda != "auto":
+            return fisher, num_samples, None
+        rank1 = rank1_fisher(model, losses, batches, diagnostics=False, reduce=reduce)
+        along = sum((fisher[name] * v.square()).sum(dtype=torch.float64) for name, v in rank1.direction.items()).item()
+        scale = max(0.0, rank1.curvature) / along
+        return {name: tensor * scale for name, tensor in fisher.items()}, num_samples, rank1.curvature
+
     def consolidate(
         self, model: torch.nn.Module, losses: Losses, batches, reduce: Reduce = _identity, diagnostics: bool = True
     ) -> dict[str, torch.Tensor]:
@@ -294,13 +301,7 @@ class DiagonalEWC(_Penalty):
             `dict[str, torch.Tensor]`: the task's diagonal Fisher by parameter name (scaled, under `auto`).
         """
         parameters = self._parameters(model)
-        fisher, num_samples = diagonal_fisher(model, losses, batches, reduce=reduce)
-        curvature = None
-        if self.ewc_lambda == "auto":
-            rank1 = rank1_fisher(model, losses, batches, diagnostics=False, reduce=reduce)
-            curvature, direction = rank1.curvature, rank1.direction
-            along = sum((fisher[name] * v.square()).sum(dtype=torch.float64) for name, v in direction.items()).item()
-            fisher = {name: tensor * (max(0.0, curvature) / along) for name, tensor in fisher.items()}
+        fisher, num_samples, curvature = self._estimate(model, losses, batches, reduce)
         constant = self.statistics["constant"][-1] if self.num_tasks else 0.0
         weighted, anchor = self.tensors.setdefault("fisher", {}), self.tensors.setdefault("anchor", {})
         for name, parameter in parameters.items():

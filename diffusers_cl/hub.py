@@ -5,12 +5,15 @@ from dataclasses import asdict
 from pathlib import Path
 
 import PIL.Image
+import torch
+from safetensors.torch import save_file
 
 from . import __version__
 from .checkpoint import publish_folder, verify_folder
 from .config import TrainingConfig
 from .errors import CheckpointError
 from .pipeline import ClassConditionalPipeline
+from .replay_images import MEMORY_NAME
 from .report import dataset_name
 
 
@@ -50,6 +53,7 @@ def write_task_folder(
     output_dir: str | Path,
     pipeline: ClassConditionalPipeline,
     penalty,
+    memory: dict[str, torch.Tensor] | None,
     state: dict,
     samples: PIL.Image.Image,
     config: TrainingConfig,
@@ -62,6 +66,7 @@ def write_task_folder(
         output_dir (`Path`).
         pipeline ([`ClassConditionalPipeline`]): the model, with the classes that it has seen.
         penalty: with `save_pretrained`, or `None`.
+        memory: the real images that are kept, or `None` ([`extend_memory`]).
         state (`dict`): JSON for `consolidation/state.json`: task, tasks, class_ids, rows, lineage.
         samples (`PIL.Image.Image`): the sample grid.
         config ([`TrainingConfig`]).
@@ -74,6 +79,8 @@ def write_task_folder(
         (folder / CONSOLIDATION).mkdir()
         if penalty is not None:
             penalty.save_pretrained(folder / CONSOLIDATION)
+        if memory is not None:
+            save_file(memory, folder / CONSOLIDATION / MEMORY_NAME)
         content = {
             "schema": SCHEMA,
             "version": __version__,

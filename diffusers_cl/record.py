@@ -26,6 +26,7 @@ class RunRecord:
         self.content = {
             "seconds": before.get("seconds", {}),
             "images": before.get("images", {"trained": 0, "replayed": 0, "generated": 0}),
+            "stored_bytes": before.get("stored_bytes", {}),
             "peak_memory_gib": before.get("peak_memory_gib", 0.0),
             "device": str(accelerator.device)
             + (f" ({torch.cuda.get_device_name()})" if accelerator.device.type == "cuda" else ""),
@@ -51,6 +52,12 @@ class RunRecord:
             elapsed = time.perf_counter() - start
             seconds[name] = seconds.get(name, 0.0) + elapsed
             seconds["total"] = seconds.get("total", 0.0) + elapsed
+
+    def stored(self, **tensors: dict[str, torch.Tensor] | None) -> None:
+        """Notes the bytes that the method has to keep for the next task beside the model, by what they are."""
+        self.content["stored_bytes"] = {
+            name: sum(tensor.nbytes for tensor in (kept or {}).values()) for name, kept in tensors.items()
+        }
 
     def write(self) -> None:
         """Writes `run.json`."""

@@ -11,10 +11,14 @@ class GenerativeReplay:
     ```python
     replay = GenerativeDistillation()
     replay.update(images, class_labels, teacher=frozen_unet)     # before every task but the first
-    replayed_images, replayed_labels = replay.sample(len(images))
+    replayed_images, replayed_labels = replay.sample(new_images)
     target[num_new:] = replay.target(noisy_images[num_new:], timesteps[num_new:], replayed_labels, target[num_new:])
     ```
+
+    `source` says where the rows come from: `generated` by the teacher, a `memory` of real images, or the `current` batch.
     """
+
+    source = "generated"
 
     def __init__(self):
         self.images: torch.Tensor | None = None
@@ -22,9 +26,9 @@ class GenerativeReplay:
         self.teacher = None
 
     def __len__(self) -> int:
-        return 0 if self.images is None else len(self.images)
+        return 0 if self.class_labels is None else len(self.class_labels)
 
-    def update(self, images: torch.Tensor, class_labels: torch.Tensor, teacher=None) -> None:
+    def update(self, images: torch.Tensor | None, class_labels: torch.Tensor, teacher=None) -> None:
         """
         Replaces what is replayed.
 
@@ -42,18 +46,20 @@ class GenerativeReplay:
             raise ValueError(f"replay needs one label an image, got {len(images)} images, {len(class_labels)} labels")
         self.images, self.class_labels, self.teacher = images, class_labels, teacher
 
-    def sample(self, num_images: int, generator: torch.Generator | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def sample(
+        self, new_images: torch.Tensor, generator: torch.Generator | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Returns `num_images` replayed rows, drawn uniformly with replacement.
+        Returns as many replayed rows as the batch has new ones, drawn uniformly with replacement.
 
         Args:
-            num_images (`int`): how many.
+            new_images (`torch.Tensor` of shape `(num_new, channels, height, width)`): of the current task.
             generator (`torch.Generator`, *optional*): a CPU generator; the global one by default.
 
         Returns:
-            images of shape `(num_images, channels, height, width)` and labels of shape `(num_images,)`.
+            images of shape `(num_new, channels, height, width)` and labels of shape `(num_new,)`.
         """
-        indices = torch.randint(len(self), (num_images,), generator=generator).to(self.images.device)
+        indices = torch.randint(len(self), (len(new_images),), generator=generator).to(self.images.device)
         return self.images[indices], self.class_labels[indices]
 
     def target(
@@ -75,6 +81,39 @@ class GenerativeDistillation(GenerativeReplay):
     ) -> torch.Tensor:
         """Returns the teacher's prediction, of the images' shape; `target` is not used."""
         return self.teacher(noisy_images, timesteps, class_labels=class_labels).sample
+
+
+class MemoryReplay(GenerativeReplay):
+    """
+    Experience replay (Chaudhry et al., arXiv 1902.10486): a few real images of every earlier class are kept, and trained
+    on as what they are. Not data-free: the images count in every table, under stored bytes.
+    """
+
+    source = "memory"
+
+
+class LearningWithoutForgetting(GenerativeDistillation):
+    """
+    Learning without forgetting (Li and Hoiem, arXiv 1606.09282), on a denoiser: the new images once more, under labels of
+    earlier classes drawn uniformly, with the teacher's prediction on them as target. Nothing is generated or kept.
+
+    `update(None, class_ids, teacher)` takes the ids of the earlier classes.
+    """
+
+    source = "current"
+
+    def update(self, images: None, class_labels: torch.Tensor, teacher=None) -> None:
+        """Replaces the earlier classes and their teacher; raises a `ValueError` for images or without classes."""
+        if images is not None or len(class_labels) == 0:
+            raise ValueError("lwf takes the ids of the earlier classes and no images")
+        self.class_labels, self.teacher = class_labels, teacher
+
+    def sample(
+        self, new_images: torch.Tensor, generator: torch.Generator | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the new images and, for each, the id of an earlier class; arguments as [`GenerativeReplay.sample`]."""
+        indices = torch.randint(len(self), (len(new_images),), generator=generator).to(self.class_labels.device)
+        return new_images, self.class_labels[indices]
 
 
 def replay_weights(weighting: str, task: int, distillation_weight: float) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""Generating the replayed images before a task, and keeping them in a file that a run can go on from."""
+"""What is replayed in a task: images generated before it, in a file that a run can go on from, or real ones kept."""
 
 import shutil
 from collections.abc import Callable
@@ -10,10 +10,14 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
 from .checkpoint import publish_folder, verify_folder
-from .errors import CheckpointError
+from .errors import CheckpointError, DataError
+from .randomness import permutation
+from .tasks import TaskImages
 
 
 IMAGES_NAME = "images.safetensors"
+# In the consolidation folder of a task.
+MEMORY_NAME = "memory.safetensors"
 # Images stay on the training device if they take at most this share of what is free there.
 SHARE_OF_FREE_MEMORY = 0.25
 
@@ -87,3 +91,47 @@ def replay_images_for_task(
     if accelerator.is_main_process:
         shutil.rmtree(previous, ignore_errors=True)
     return *loaded, generated
+
+
+def extend_memory(
+    memory: dict[str, torch.Tensor] | None,
+    images: TaskImages,
+    images_per_class: int,
+    memory_bytes: int | None,
+    seed: int,
+) -> dict[str, torch.Tensor]:
+    """
+    Returns the real images that are kept after a task: `images` (uint8) and `class_labels`, equally many of every class.
+
+    Args:
+        memory (`dict` or `None`): what was kept until now; of every class a first part stays.
+        images ([`TaskImages`]): of the finished task, without flips. Which ones are kept is a function of the seed.
+        images_per_class (`int`): fewer where a class has fewer.
+        memory_bytes (`int` or `None`): in place of that, for the images of all classes together.
+
+    Raises:
+        DataError: when the bytes do not suffice for one image a class.
+    """
+    rows = {int(c): (images.class_ids == c).nonzero().flatten() for c in images.class_ids.unique()}
+    kept = (
+        {}
+        if memory is None
+        else {int(c): memory["images"][memory["class_labels"] == c] for c in memory["class_labels"].unique()}
+    )
+    num_classes = len(kept) + len(rows)
+    image_bytes = images.split.channels * images.split.resolution**2
+    if memory_bytes is not None:
+        images_per_class = memory_bytes // (num_classes * image_bytes)
+        if images_per_class < 1:
+            raise DataError(
+                f"memory_bytes is {memory_bytes}; one image of {num_classes} classes takes {num_classes * image_bytes}"
+            )
+    for class_id, found in rows.items():
+        order = permutation(len(found), seed, "memory", class_id)[:images_per_class]
+        kept[class_id] = images.split.decode(found[torch.as_tensor(order)].tolist())
+    # Equally many rows a class, so that uniform draws are balanced.
+    images_per_class = min(images_per_class, *map(len, kept.values()))
+    return {
+        "images": torch.cat([kept[c][:images_per_class] for c in sorted(kept)]),
+        "class_labels": torch.tensor([c for c in sorted(kept) for _ in range(images_per_class)]),
+    }

@@ -10,8 +10,18 @@ from .plots import format_number, plot_curves, plot_heat_map, plot_losses, read_
 
 HIGHER_IS_BETTER = ("accuracy", "recall")
 PLUS_MINUS = "\u00b1"
-PENALTY_NAMES = {"ewc": "diagonal EWC", "rank1_ewc": "rank-1 EWC"}
-REPLAY_NAMES = {"generative_replay": "generative replay", "generative_distillation": "distillation"}
+PENALTY_NAMES = {
+    "ewc": "diagonal EWC",
+    "rank1_ewc": "rank-1 EWC",
+    "l2": "L2",
+    "random_direction": "random direction",
+}
+REPLAY_NAMES = {
+    "generative_replay": "generative replay",
+    "generative_distillation": "distillation",
+    "lwf": "LwF",
+    "memory": "memory",
+}
 METRIC_MEANINGS = {
     "fid": "Frechet distance of InceptionV3 features",
     "kid": "kernel distance of InceptionV3 features; unbiased, so it may be below 0",
@@ -54,6 +64,9 @@ def method_name(config: dict) -> str:
         note = f" ({config['penalty_mode']}, {ewc_lambda if ewc_lambda == 'auto' else f'{ewc_lambda:g}'})"
     if config["replay"] != "none":
         parts.append(REPLAY_NAMES[config["replay"]])
+        if config["replay"] == "memory":
+            budget = config["memory_bytes"]
+            parts[-1] += f" ({config['memory_images_per_class']} a class)" if budget is None else f" ({budget} bytes)"
     return (" + ".join(parts) or "fine-tuning") + note
 
 

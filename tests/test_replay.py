@@ -40,7 +40,7 @@ def test_rows_are_handed_out_as_they_are_with_their_labels(stored, kind):
     assert len(replay) == 0
     replay.update(*stored)
     assert len(replay) == 40
-    images, class_labels = replay.sample(100, torch.Generator().manual_seed(0))
+    images, class_labels = replay.sample(torch.empty(100), torch.Generator().manual_seed(0))
     assert images.dtype == torch.uint8 and images.shape == (100, 1, 8, 8)
     assert (images == images[:, :, :1, :1]).all()
     assert torch.equal(class_labels, stored[1][images[:, 0, 0, 0].long()])
@@ -50,26 +50,28 @@ def test_sample_is_a_function_of_the_generator(stored):
     replay = GenerativeReplay()
     replay.update(*stored)
     state = torch.get_rng_state()
-    first, again, other = (replay.sample(30, torch.Generator().manual_seed(seed))[0] for seed in (0, 0, 1))
+    first, again, other = (
+        replay.sample(torch.empty(30), torch.Generator().manual_seed(seed))[0] for seed in (0, 0, 1)
+    )
     assert torch.equal(first, again) and not torch.equal(first, other)
     # A call after another with one generator draws anew.
     generator = torch.Generator().manual_seed(0)
-    assert torch.equal(replay.sample(30, generator)[0], first)
-    assert not torch.equal(replay.sample(30, generator)[0], first)
+    assert torch.equal(replay.sample(torch.empty(30), generator)[0], first)
+    assert not torch.equal(replay.sample(torch.empty(30), generator)[0], first)
     assert torch.equal(torch.get_rng_state(), state)
     # Without one it is the global state that decides: the script seeds it for every step.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        first = replay.sample(30)[0]
+        first = replay.sample(torch.empty(30))[0]
         torch.manual_seed(0)
-        assert torch.equal(replay.sample(30)[0], first)
-        assert not torch.equal(replay.sample(30)[0], first)
+        assert torch.equal(replay.sample(torch.empty(30))[0], first)
+        assert not torch.equal(replay.sample(torch.empty(30))[0], first)
 
 
 def test_sample_is_balanced(stored):
     replay = GenerativeReplay()
     replay.update(*stored)
-    images, class_labels = replay.sample(4000, torch.Generator().manual_seed(0))
+    images, class_labels = replay.sample(torch.empty(4000), torch.Generator().manual_seed(0))
     # Binomial: 1000 of a class with a standard deviation of 27, 100 of an image with one of 10; five of each.
     assert (class_labels.bincount() - 1000).abs().max() < 5 * 27.4
     assert (images[:, 0, 0, 0].long().bincount() - 100).abs().max() < 5 * 9.9
@@ -80,7 +82,7 @@ def test_update_replaces_what_is_replayed(stored, teacher):
     replay.update(*stored)
     replay.update(stored[0][:5] + 100, torch.full((5,), 7), teacher=teacher)
     assert len(replay) == 5 and replay.teacher is teacher
-    images, class_labels = replay.sample(20, torch.Generator().manual_seed(0))
+    images, class_labels = replay.sample(torch.empty(20), torch.Generator().manual_seed(0))
     assert images.min() >= 100 and (class_labels == 7).all()
 
 
@@ -141,7 +143,7 @@ def step(stored, teacher, make_batches):
         replay = kind()
         replay.update(*stored, teacher=teacher)
         ((images, timesteps, class_labels, noise),) = make_batches([NUM_NEW + NUM_OLD])
-        replayed_images, replayed_labels = replay.sample(NUM_OLD, torch.Generator().manual_seed(0))
+        replayed_images, replayed_labels = replay.sample(torch.empty(NUM_OLD), torch.Generator().manual_seed(0))
         clean_images = torch.cat([images[:NUM_NEW].clamp(-1, 1), replayed_images / 127.5 - 1])
         class_labels = torch.cat([class_labels[:NUM_NEW], replayed_labels])
         scheduler = DDIMScheduler()

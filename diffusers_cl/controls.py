@@ -1,0 +1,77 @@
+"""
+Penalties to judge [`Rank1EWC`] and [`DiagonalEWC`] by: a random direction in place of theirs, and plain L2 to the anchor.
+
+Neither is a method to use. If a random direction of equal strength holds as much as `v`, then `v` is not why.
+"""
+
+import torch
+
+from .ewc import DiagonalEWC, Rank1EWC
+from .fisher import Losses, Rank1Fisher, Reduce, _identity, curvature_along, trainable_parameters
+
+
+# Curvatures along random directions are small: steps as long as these keep the differences above float32's noise.
+ISOTROPIC_STEPS = (0.1, 0.3)
+ISOTROPIC_DIRECTIONS = 4
+
+
+def random_direction(model: torch.nn.Module, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Returns a unit vector, uniform on the sphere, by parameter name, float32; `generator` is a CPU generator."""
+    parameters = trainable_parameters(model)
+    direction = {
+        name: torch.randn(p.shape, generator=generator, dtype=torch.float64) for name, p in parameters.items()
+    }
+    norm = sum(tensor.square().sum() for tensor in direction.values()).sqrt()
+    return {name: (tensor / norm).float().to(parameters[name].device) for name, tensor in direction.items()}
+
+
+def _generator(batches, reduce: Reduce) -> torch.Generator:
+    """Seeded by the draws, which are a function of the run's seed and the task: equal on every process."""
+    first = next(iter(batches))[0].double().sum()
+    return torch.Generator().manual_seed(int(reduce(first).abs().item() * 2**20))
+
+
+class RandomDirectionEWC(Rank1EWC):
+    """
+    [`Rank1EWC`] with a random unit vector in place of v, of the strength that v would have: `ewc_lambda * m` or, under
+    `auto`, the measured curvature, both along the true v.
+    """
+
+    kind = "random_direction"
+
+    def _direction(self, model: torch.nn.Module, fisher: Rank1Fisher, batches, reduce: Reduce):
+        return random_direction(model, _generator(batches, reduce))
+
+
+class L2Penalty(DiagonalEWC):
+    """
+    Every parameter held alike: `(ewc_lambda / 2) sum_k |theta - theta*_k|^2`, [`DiagonalEWC`] with ones for a Fisher.
+
+    Args:
+        ewc_lambda (`float` or `"auto"`): the weight; `auto` takes the mean curvature of the task's loss over random
+            directions, an estimate of its Hessian's trace over the number of parameters, in place of the ones.
+    """
+
+    kind = "l2"
+
+    def _estimate(self, model: torch.nn.Module, losses: Losses, batches, reduce: Reduce = _identity):
+        count = torch.tensor(float(sum(len(batch[0]) for batch in batches)), dtype=torch.float64)
+        num_samples = int(reduce(count.to(next(model.parameters()).device)).item())
+        if num_samples == 0:
+            raise ValueError("Fisher estimate: the batches are empty")
+        strength = curvature = None
+        if self.ewc_lambda == "auto":
+            generator = _generator(batches, reduce)
+            measured = [
+                curvature_along(
+                    model, losses, batches, random_direction(model, generator), ISOTROPIC_STEPS, reduce=reduce
+                )[0]
+                for _ in range(ISOTROPIC_DIRECTIONS)
+            ]
+            curvature = sum(measured) / len(measured)
+            strength = max(0.0, curvature)
+        ones = {
+            name: torch.full_like(parameter, 1.0 if strength is None else strength)
+            for name, parameter in trainable_parameters(model).items()
+        }
+        return ones, num_samples, curvature
