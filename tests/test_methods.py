@@ -28,5 +28,6 @@ def test_accelerate_launch(tmp_path_factory, tmp_path, method):
     # The files of a method are there where it is used.
     last = tmp_path / "run" / ("task-00" if joint else "task-01")
     assert (last / "consolidation" / "ewc.safetensors").exists() == (expected["penalty"] != "none")
-    assert (tmp_path / "run" / "replay").exists() == (expected["replay"] != "none")
+    assert (tmp_path / "run" / "replay").exists() == expected["replay"].startswith("generative")
+    assert (last / "consolidation" / "memory.safetensors").exists() == (expected["replay"] == "memory")
     assert len((tmp_path / "run" / "logs" / "train_log.jsonl").read_text().splitlines()) == 4
