@@ -46,6 +46,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=["diffusers_cl"],
+    package_data={"diffusers_cl": ["assets/*.safetensors"]},
     python_requires=">=3.11",
     install_requires=install_requires,
     extras_require={"test": test, "quality": quality, "dev": test + quality},

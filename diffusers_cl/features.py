@@ -28,6 +28,8 @@ CLASSIFIER_STEPS = 1000
 CLASSIFIER_BATCH_SIZE = 128
 CLASSIFIER_LEARNING_RATE = 2e-3
 NUM_FEATURES = 32
+# Of the digits, so that their distances are measured with one and the same network on every machine.
+ASSETS = Path(__file__).parent / "assets"
 BATCH_SIZE = 256
 
 
@@ -132,7 +134,9 @@ class _Transformers(nn.Module):
         return (outputs.last_hidden_state[:, 0] if pooled is None else pooled).flatten(1), logits
 
 
-def train_classifier(train: ImageSplit, rows, device, disable_progress_bar: bool = False) -> SmallClassifier:
+def train_classifier(
+    train: ImageSplit, rows, device, disable_progress_bar: bool = False, seed: int = CLASSIFIER_SEED
+) -> SmallClassifier:
     """
     Returns a [`SmallClassifier`] trained on real images, always in the same way: the seed is fixed, the global random
     state is put back.
@@ -140,10 +144,12 @@ def train_classifier(train: ImageSplit, rows, device, disable_progress_bar: bool
     Args:
         train ([`ImageSplit`]): the real training split.
         rows (`np.ndarray`): the rows whose classes are in the stream.
+        seed (`int`, *optional*): of its weights and batches. Every measurement of a run uses the default: distances on the
+            features of another seed are not to be compared with these.
     """
     labels = torch.from_numpy(train.labels)
     with torch.random.fork_rng(devices=[device] if torch.device(device).type == "cuda" else []):
-        torch.manual_seed(derive_seed(CLASSIFIER_SEED, "classifier"))
+        torch.manual_seed(derive_seed(seed, "classifier"))
         classifier = SmallClassifier(train.channels, len(train.names), train.resolution).to(device)
         optimizer = torch.optim.AdamW(classifier.parameters(), lr=CLASSIFIER_LEARNING_RATE, weight_decay=1e-2)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, CLASSIFIER_LEARNING_RATE, CLASSIFIER_STEPS)
@@ -164,8 +170,12 @@ def train_classifier(train: ImageSplit, rows, device, disable_progress_bar: bool
     return classifier
 
 
+def _key(recipe: dict) -> str:
+    return hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:16]
+
+
 def _classifier(config: TrainingConfig, train: ImageSplit, class_names: list[str], device, quiet: bool) -> nn.Module:
-    """The trained classifier, from the cache if the same one was trained before."""
+    """The classifier that is shipped for this data and recipe, or else one trained here, from the cache if it was before."""
     rows = train.rows_of(class_names)
     with torch.random.fork_rng(devices=[]):
         classifier = SmallClassifier(train.channels, len(train.names), train.resolution)
@@ -176,11 +186,15 @@ def _classifier(config: TrainingConfig, train: ImageSplit, class_names: list[str
         "names": train.names,
         "resolution": [train.resolution, train.resize_mode, train.channels],
         "training": [CLASSIFIER_SEED, CLASSIFIER_STEPS, CLASSIFIER_BATCH_SIZE, CLASSIFIER_LEARNING_RATE, NUM_FEATURES],
-        "torch": [torch.__version__, str(device), torch.get_num_threads()],
     }
-    key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:16]
+    shipped = ASSETS / f"classifier-{_key(recipe)}.safetensors"
+    if shipped.exists():
+        classifier.load_state_dict(load_file(shipped))
+        return classifier
+    # Trained elsewhere the same recipe gives other last digits, and distances that differ by 1 % or so.
+    recipe["torch"] = [torch.__version__, str(device), torch.get_num_threads()]
     folder = Path(config.cache_dir or constants.HF_HOME) / "diffusers_cl"
-    file = folder / f"classifier-{key}.safetensors"
+    file = folder / f"classifier-{_key(recipe)}.safetensors"
     if file.exists():
         classifier.load_state_dict(load_file(file))
         return classifier

@@ -10,7 +10,8 @@ from transformers import ConvNextImageProcessor, ResNetConfig, ResNetForImageCla
 from diffusers_cl.config import parse_config
 from diffusers_cl.data import load_splits
 from diffusers_cl.errors import DataError
-from diffusers_cl.features import resolve_feature_extractor
+from diffusers_cl import features as features_module
+from diffusers_cl.features import resolve_feature_extractor, train_classifier
 from diffusers_cl.metrics import task_metrics
 
 
@@ -50,6 +51,30 @@ def test_classifier_is_trained_once_and_leaves_the_random_state_alone(files, spl
     assert file.stat().st_mtime_ns == written and file.read_bytes() == content
     assert again.info == extractor.info and again(images)[0].equal(features)
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path != file]
+
+
+def test_digits_are_measured_with_the_network_that_is_shipped(files, splits, tmp_path):
+    """If this fails because the recipe was changed: train it anew, ship it, and say that no result before compares."""
+    settings = {"feature_extractor": "classifier", "cache_dir": tmp_path / "cache"}
+    extractor = resolve(files, tmp_path, splits, class_names=splits[0].names, **settings)
+    assert extractor.info["sha256"] == "0e0484f1c5df79f01e267f81f63fdc59d17aec1b5aee203c102ce26e8f763df9"
+    assert not (tmp_path / "cache").exists()
+    _, predictions = extractor(splits[1].decode(range(len(splits[1].labels))))
+    names = [splits[1].names[label] for label in splits[1].labels]
+    assert sum(map(str.__eq__, predictions, names)) >= 0.97 * len(names)
+
+
+def test_the_classifier_is_a_function_of_its_seed(splits, monkeypatch):
+    monkeypatch.setattr(features_module, "CLASSIFIER_STEPS", 5)
+    rows = splits[0].rows_of(CLASSES)
+    state = torch.random.get_rng_state()
+    default, zero, one = (
+        train_classifier(splits[0], rows, CPU, True, **seed).state_dict() for seed in ({}, {"seed": 0}, {"seed": 1})
+    )
+    assert torch.random.get_rng_state().equal(state)
+    # Every measurement so far was made with the default.
+    assert all(default[name].equal(zero[name]) for name in default)
+    assert not default["head.weight"].equal(one["head.weight"])
 
 
 def test_transformers_classifier(files, splits, tmp_path):
