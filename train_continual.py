@@ -53,6 +53,7 @@ from diffusers_cl.evaluation import Evaluation, class_grid_columns, nearest_trai
 from diffusers_cl.features import resolve_feature_extractor
 from diffusers_cl.hub import CONSOLIDATION, finished_tasks, task_folder, write_task_folder
 from diffusers_cl.losses import denoising_losses, training_target
+from diffusers_cl.lowrank import LowRankEWC
 from diffusers_cl.models import create_unet, load_unet_config
 from diffusers_cl.pipeline import ClassConditionalPipeline, from_uint8
 from diffusers_cl.randomness import derive_seed
@@ -77,11 +78,12 @@ REPLAYS = {
     "memory": MemoryReplay,
 }
 PENALTIES = {
-    "none": None,
-    "ewc": DiagonalEWC,
-    "rank1_ewc": Rank1EWC,
-    "l2": L2Penalty,
-    "random_direction": RandomDirectionEWC,
+    "none": lambda config: None,
+    "ewc": lambda config: DiagonalEWC(config.ewc_lambda),
+    "rank1_ewc": lambda config: Rank1EWC(config.ewc_lambda),
+    "lowrank_ewc": lambda config: LowRankEWC(config.ewc_lambda, config.fisher_rank),
+    "l2": lambda config: L2Penalty(config.ewc_lambda),
+    "random_direction": lambda config: RandomDirectionEWC(config.ewc_lambda),
 }
 
 
@@ -181,7 +183,7 @@ def main(config: TrainingConfig) -> None:
     unet = create_unet(unet_config, train_split.channels, class_names, config).to(device)
     noise_scheduler = DDIMScheduler(num_train_timesteps=NUM_TRAIN_TIMESTEPS, prediction_type=config.prediction_type)
     replay = REPLAYS[config.replay] and REPLAYS[config.replay]()
-    penalty = PENALTIES[config.penalty] and PENALTIES[config.penalty](config.ewc_lambda)
+    penalty = PENALTIES[config.penalty](config)
 
     # Handle the output folder
     if accelerator.is_main_process:

@@ -73,16 +73,16 @@ class TrainingConfig:
     class_order: int | list[int | str] | None = None
     """For `classes_per_task`: a list of class names or ids, or a number that seeds a shuffle; by default label order."""
     stream: Literal["sequential", "joint", "cumulative"] = "sequential"
-    """`sequential`: a task sees its own classes; `joint`: one phase over all classes (upper bound); `cumulative`: a task
-    sees all classes so far. The last two refuse replay and penalty."""
+    """`sequential`: a task sees its own classes; `joint`: one phase over all (upper bound); `cumulative`: a task sees all
+    so far. The last two refuse replay and penalty."""
     num_class_embeds: int | None = None
     """Rows of the class embedding; by default the number of classes in all tasks."""
 
     # Method
     replay: Literal["none", "generative_replay", "generative_distillation", "lwf", "memory"] = "none"
-    """Rows of earlier classes in every batch: drawn by the previous task's model, with the noise as target
-    (`generative_replay`) or that model's prediction (`generative_distillation`); the new images again under earlier
-    classes, with its prediction (`lwf`); or a few real images that are kept (`memory`)."""
+    """Rows of earlier classes in every batch: drawn by the last task's model, with the noise (`generative_replay`) or its
+    prediction as target (`generative_distillation`); the new images as earlier classes, with its prediction (`lwf`); or
+    real images that are kept (`memory`)."""
     replay_weighting: Literal["sum", "by_task"] = "sum"
     """`sum`: new rows weigh 1, replayed rows `distillation_weight`; `by_task`: 1/k and 1 - 1/k in task k."""
     distillation_weight: float = 1.0
@@ -94,19 +94,20 @@ class TrainingConfig:
     replay_batch_size: int = 256
     """Images a forward pass when generating replay; another value changes images by about 1e-4."""
     replay_refresh: Literal["latest", "once"] = "latest"
-    """`latest`: before each task everything is generated anew from the newest model; `once`: a class is generated right
-    after it was learned and kept."""
+    """`latest`: all classes are generated anew before each task; `once`: each right after it was learned, and kept."""
     memory_images_per_class: int = 10
     """For `replay: memory`: how many real images of every class are kept."""
     memory_bytes: int | None = None
     """In place of that, bytes for the kept images of all classes together: each class's share shrinks as they come."""
-    penalty: Literal["none", "ewc", "rank1_ewc", "l2", "random_direction"] = "none"
-    """A quadratic penalty around the weights of finished tasks, with a diagonal or a rank-1 Fisher; `l2` (all parameters
-    alike) and `random_direction` (of the strength of `rank1_ewc`) are there to judge them by."""
+    penalty: Literal["none", "ewc", "rank1_ewc", "lowrank_ewc", "l2", "random_direction"] = "none"
+    """A quadratic penalty around finished tasks' weights, with a Fisher that is diagonal, rank-1 or of rank `fisher_rank`;
+    `l2` (all parameters alike) and `random_direction` (as stiff as `rank1_ewc`) are there to judge them by."""
     penalty_mode: Literal["loss", "decoupled"] = "loss"
     """`loss`: added to the loss (the paper); `decoupled`: an exact proximal step after the optimizer's (not the paper)."""
     ewc_lambda: float | Literal["auto"] = 15_000.0
     """Weight of the penalty, or `auto`: the measured curvature of the old task's loss in its place."""
+    fisher_rank: int = 8
+    """For `penalty: lowrank_ewc`: directions a task, each of which costs one parameter vector."""
     fisher_samples: int | None = None
     """Draws of image, timestep and noise for the Fisher; by default one for every training image of the task."""
     fisher_timesteps: list[int] = dataclasses.field(default_factory=lambda: [0, NUM_TRAIN_TIMESTEPS])
@@ -120,6 +121,7 @@ class TrainingConfig:
     sets sample_size, in_channels, out_channels and num_class_embeds."""
     prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
     """What the network predicts."""
+
     # Training
     output_dir: str = "continual-model"
     """Where the run leaves its files. The same command in the same folder goes on where it was."""
@@ -216,6 +218,9 @@ def validate(config: TrainingConfig) -> None:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         require(not isinstance(value, float) or math.isfinite(value), field.name, "finite numbers")
+        # All whole numbers count something, but for these three.
+        if field.type in (int, int | None) and field.name not in ("seed", "lr_warmup_steps", "dataloader_num_workers"):
+            require(value is None or value >= 1, field.name, "whole numbers from 1")
     for one, other in (("dataset_name", "train_data_dir"), ("tasks", "classes_per_task")):
         first, second = getattr(config, one), getattr(config, other)
         if (first is None) == (second is None):
@@ -232,17 +237,9 @@ def validate(config: TrainingConfig) -> None:
         allowed = f"'none' with stream: {config.stream}, which has the real data"
         require(config.replay == "none", "replay", allowed)
         require(config.penalty == "none", "penalty", allowed)
-    for key in (
-        ("classes_per_task", "max_train_samples", "resolution", "num_class_embeds", "num_threads", "train_batch_size")
-        + ("num_train_epochs", "gradient_accumulation_steps", "checkpointing_steps", "checkpoints_total_limit")
-        + ("replay_images_per_class", "replay_num_inference_steps", "replay_batch_size", "fisher_samples")
-        + ("eval_images_per_class", "eval_num_inference_steps", "eval_batch_size")
-        + ("memory_images_per_class", "memory_bytes")
-    ):
-        require(getattr(config, key) is None or getattr(config, key) >= 1, key, "whole numbers from 1")
-    require(config.max_train_steps != [], "max_train_steps", "at least one number")
-    steps = config.max_train_steps if isinstance(config.max_train_steps, list) else [config.max_train_steps]
-    require(all(number is None or number >= 1 for number in steps), "max_train_steps", "whole numbers from 1")
+    if (steps := config.max_train_steps) is not None:
+        fewest = min(steps if isinstance(steps, list) else [steps], default=0)
+        require(fewest >= 1, "max_train_steps", "whole numbers from 1, at least one")
     for key in ("learning_rate", "adam_epsilon", "max_grad_norm", "distillation_weight", "ema_inv_gamma", "ema_power"):
         require(getattr(config, key) is None or getattr(config, key) > 0, key, "positive numbers")
     for key in ("adam_beta1", "adam_beta2", "ema_max_decay"):
@@ -253,8 +250,8 @@ def validate(config: TrainingConfig) -> None:
     bounds = [0, *config.fisher_timesteps, NUM_TRAIN_TIMESTEPS]
     within = len(bounds) == 4 and bounds[0] <= bounds[1] < bounds[2] <= bounds[3]
     require(within, "fisher_timesteps", f"[start, end) within [0, {NUM_TRAIN_TIMESTEPS}]")
-    over = config.overwrite_output_dir
-    require(not over or config.resume_from_checkpoint is None, "resume_from_checkpoint", "null when overwriting")
+    if config.overwrite_output_dir:
+        require(config.resume_from_checkpoint is None, "resume_from_checkpoint", "null when overwriting")
     if config.feature_extractor_weights_path is not None:
         require(config.feature_extractor == "inception", "feature_extractor", "'inception' when weights are given")
 
@@ -290,8 +287,7 @@ def parse_config(arguments: list[str] | None = None) -> TrainingConfig:
         found, rest = first.parse_known_args(sys.argv[1:] if arguments is None else arguments)
     except argparse.ArgumentError as error:
         raise ConfigError(str(error)) from error
-    files = found.config
-    for file in files:
+    for file in (files := found.config):
         try:
             content = yaml.safe_load(Path(file).read_text())
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -306,8 +302,8 @@ def parse_config(arguments: list[str] | None = None) -> TrainingConfig:
         if rest[position] in switches and (rest + ["--"])[position + 1].startswith("--"):
             rest[position] += "=true"
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    description = TrainingConfig.__doc__
-    parser = _Parser(prog="train_continual.py", description=description, exit_on_error=False, print_config=None)
+    about = TrainingConfig.__doc__
+    parser = _Parser(prog="train_continual.py", description=about, exit_on_error=False, print_config=None)
     parser.add_argument("--config", action="config", help="a YAML file; may be repeated, a later one wins")
     parser.add_class_arguments(TrainingConfig, as_group=False)
     try:

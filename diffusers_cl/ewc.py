@@ -186,15 +186,12 @@ class Rank1EWC(_Penalty):
         parameters = self._parameters(model)
         if self.num_tasks == 0:
             return
-        device = next(iter(parameters.values())).device
-        directions = {
-            name: self.tensors["direction"][name].reshape(self.num_tasks, -1).double() for name in parameters
-        }
-        residuals = sum(directions[name] @ p.flatten().double() for name, p in parameters.items())
-        residuals -= self._vector("offset", device)
+        offsets = self._vector("offset", next(iter(parameters.values())).device)
+        directions = {name: self.tensors["direction"][name].reshape(len(offsets), -1).double() for name in parameters}
+        residuals = sum(directions[name] @ p.flatten().double() for name, p in parameters.items()) - offsets
         gram = sum(v @ v.T for v in directions.values())
-        scale = lr * torch.tensor(self.strengths(), dtype=torch.float64, device=device)
-        identity = torch.eye(self.num_tasks, dtype=torch.float64, device=device)
+        scale = lr * torch.tensor(self.strengths(), dtype=torch.float64, device=offsets.device)
+        identity = torch.eye(len(offsets), dtype=torch.float64, device=offsets.device)
         solution = torch.linalg.solve(identity + scale[:, None] * gram, scale * residuals)
         for name, parameter in parameters.items():
             parameter.copy_(parameter.double() - (solution @ directions[name]).view_as(parameter))

@@ -13,6 +13,7 @@ PLUS_MINUS = "\u00b1"
 PENALTY_NAMES = {
     "ewc": "diagonal EWC",
     "rank1_ewc": "rank-1 EWC",
+    "lowrank_ewc": "rank-{fisher_rank} EWC",
     "l2": "L2",
     "random_direction": "random direction",
 }
@@ -59,7 +60,7 @@ def method_name(config: dict) -> str:
         return config["stream"]
     parts, note = [], ""
     if config["penalty"] != "none":
-        parts.append(PENALTY_NAMES[config["penalty"]])
+        parts.append(PENALTY_NAMES[config["penalty"]].format_map(config))
         ewc_lambda = config["ewc_lambda"]
         note = f" ({config['penalty_mode']}, {ewc_lambda if ewc_lambda == 'auto' else f'{ewc_lambda:g}'})"
     if config["replay"] != "none":
@@ -204,7 +205,11 @@ def _fisher_table(metrics: dict) -> list[str]:
         return []
     lines = [f"| task | {' | '.join(FISHER_COLUMNS[key] for key in columns)} |", "|---" * (1 + len(columns)) + "|"]
     for task, values in enumerate(measured):
-        cells = [f"{values[key]:.0f}" if key == "num_samples" else format_number(values.get(key)) for key in columns]
+        cells = []
+        for key in columns:
+            # A penalty with several directions a task has a list.
+            each = values.get(key) if isinstance(values.get(key), list) else [values.get(key)]
+            cells.append(", ".join(f"{one:.0f}" if key == "num_samples" else format_number(one) for one in each))
         lines.append(f"| task-{task:02d} | {' | '.join(cells)} |")
     return [*lines, ""]
 
