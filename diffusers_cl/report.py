@@ -25,9 +25,9 @@ REPLAY_NAMES = {
 }
 METRIC_MEANINGS = {
     "fid": "Frechet distance of InceptionV3 features",
-    "kid": "kernel distance of InceptionV3 features; unbiased, so it may be below 0",
+    "kid": "kernel distance of InceptionV3 features; equal class counts put it below 0, so read it against its floor",
     "fd_": "Frechet distance of this extractor's features; not FID",
-    "kd_": "kernel distance of this extractor's features; not KID; unbiased, so it may be below 0",
+    "kd_": "kernel distance of this extractor's features; not KID; equal class counts put it below 0: read it against its floor",
     "recall": "share of real images that have a generated one near them",
     "accuracy": "generated images that a classifier trained on real ones gives their own class",
     "kld": "KL(real, generated) over predicted classes",
