@@ -12,9 +12,9 @@ from . import __version__
 from .checkpoint import publish_folder, verify_folder
 from .config import TrainingConfig
 from .errors import CheckpointError
+from .names import dataset_name
 from .pipeline import ClassConditionalPipeline
 from .replay_images import MEMORY_NAME
-from .report import dataset_name
 
 
 CONSOLIDATION = "consolidation"

@@ -5,24 +5,12 @@ from pathlib import Path
 
 import numpy as np
 
+from .names import dataset_name, method_name
 from .plots import format_number, plot_curves, plot_heat_map, plot_losses, read_train_log
 
 
 HIGHER_IS_BETTER = ("accuracy", "recall")
 PLUS_MINUS = "\u00b1"
-PENALTY_NAMES = {
-    "ewc": "diagonal EWC",
-    "rank1_ewc": "rank-1 EWC",
-    "lowrank_ewc": "rank-{fisher_rank} EWC",
-    "l2": "L2",
-    "random_direction": "random direction",
-}
-REPLAY_NAMES = {
-    "generative_replay": "generative replay",
-    "generative_distillation": "distillation",
-    "lwf": "LwF",
-    "memory": "memory",
-}
 METRIC_MEANINGS = {
     "fid": "Frechet distance of InceptionV3 features",
     "kid": "kernel distance of InceptionV3 features; equal class counts put it below 0, so read it against its floor",
@@ -45,41 +33,9 @@ MAX_OPEN_CLASSES = 20
 FEW_IMAGES = 50
 
 
-def method_name(config: dict) -> str:
-    """
-    Returns the name of the method that a configuration describes, as the tables print it.
-
-    Args:
-        config (`dict`): the flat resolved configuration (`"config"` in `metrics.json`).
-
-    Returns:
-        `str`: for instance `"fine-tuning"`, `"joint"` or `"rank-1 EWC + distillation (decoupled, auto)"`. The penalty
-        of arXiv 2509.23593 is `(loss, 15000)`.
-    """
-    if config["stream"] != "sequential":
-        return config["stream"]
-    parts, note = [], ""
-    if config["penalty"] != "none":
-        parts.append(PENALTY_NAMES[config["penalty"]].format_map(config))
-        ewc_lambda = config["ewc_lambda"]
-        note = f" ({config['penalty_mode']}, {ewc_lambda if ewc_lambda == 'auto' else f'{ewc_lambda:g}'})"
-    if config["replay"] != "none":
-        parts.append(REPLAY_NAMES[config["replay"]])
-        if config["replay"] == "memory":
-            budget = config["memory_bytes"]
-            parts[-1] += f" ({config['memory_images_per_class']} a class)" if budget is None else f" ({budget} bytes)"
-    return (" + ".join(parts) or "fine-tuning") + note
-
-
 def headline_metric(metrics: dict) -> str:
     """Returns the name of the distance that leads every table: `fid`, else the one `fd_*`."""
     return next(name for name in metrics["metrics"] if name == "fid" or name.startswith("fd_"))
-
-
-def dataset_name(config: dict) -> str:
-    """Returns the name of the data set of a configuration: its id on the Hub, or its folder's name without the path."""
-    name = config["dataset_name"] or config["train_data_dir"]
-    return Path(name).resolve().name if config["dataset_name"] is None or Path(name).is_dir() else name
 
 
 def format_spread(mean: float, spread: float) -> str:

@@ -13,8 +13,9 @@ import pytest
 from PIL import Image
 
 from diffusers_cl.config import OPERATIONAL_KEYS, TrainingConfig
+from diffusers_cl.names import method_name
 from diffusers_cl.plots import format_number, plot_curves, plot_heat_map, plot_losses, read_train_log
-from diffusers_cl.report import format_spread, headline_metric, method_name, write_report
+from diffusers_cl.report import format_spread, headline_metric, write_report
 
 
 ROOT = Path(__file__).resolve().parent.parent
