@@ -35,7 +35,7 @@ from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, is_wandb_available
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
-from diffusers_cl import DiagonalEWC, GenerativeDistillation, GenerativeReplay, Rank1EWC, __version__
+from diffusers_cl import __version__
 from diffusers_cl.checkpoint import (
     load_checkpoint,
     newest_checkpoint,
@@ -45,7 +45,6 @@ from diffusers_cl.checkpoint import (
     write_text,
 )
 from diffusers_cl.config import NUM_TRAIN_TIMESTEPS, OPERATIONAL_KEYS, TrainingConfig, parse_config, to_yaml
-from diffusers_cl.controls import L2Penalty, RandomDirectionEWC
 from diffusers_cl.data import load_splits
 from diffusers_cl.draws import FisherBatches
 from diffusers_cl.errors import CheckpointError, ConfigError, NonFiniteError, RunError, StorageError
@@ -53,12 +52,12 @@ from diffusers_cl.evaluation import Evaluation, class_grid_columns, nearest_trai
 from diffusers_cl.features import resolve_feature_extractor
 from diffusers_cl.hub import CONSOLIDATION, finished_tasks, task_folder, write_task_folder
 from diffusers_cl.losses import denoising_losses, training_target
-from diffusers_cl.lowrank import LowRankEWC
+from diffusers_cl.methods import create_penalty, create_replay
 from diffusers_cl.models import create_unet, load_unet_config
 from diffusers_cl.pipeline import ClassConditionalPipeline, from_uint8
 from diffusers_cl.randomness import derive_seed
 from diffusers_cl.record import RunRecord
-from diffusers_cl.replay import LearningWithoutForgetting, MemoryReplay, replay_weights
+from diffusers_cl.replay import replay_weights
 from diffusers_cl.replay_images import MEMORY_NAME, extend_memory, replay_images_for_task
 from diffusers_cl.report import key_table, write_report
 from diffusers_cl.sampling import image_grid, sample_images
@@ -69,22 +68,6 @@ from diffusers_cl.tasks import StepBatches, TaskImages, keep_batch, resolve_task
 logger = get_logger(__name__, log_level="INFO")
 # Torch's own, at the first forward-mode product.
 warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated", category=FutureWarning)
-
-REPLAYS = {
-    "none": None,
-    "generative_replay": GenerativeReplay,
-    "generative_distillation": GenerativeDistillation,
-    "lwf": LearningWithoutForgetting,
-    "memory": MemoryReplay,
-}
-PENALTIES = {
-    "none": lambda config: None,
-    "ewc": lambda config: DiagonalEWC(config.ewc_lambda),
-    "rank1_ewc": lambda config: Rank1EWC(config.ewc_lambda),
-    "lowrank_ewc": lambda config: LowRankEWC(config.ewc_lambda, config.fisher_rank),
-    "l2": lambda config: L2Penalty(config.ewc_lambda),
-    "random_direction": lambda config: RandomDirectionEWC(config.ewc_lambda),
-}
 
 
 def check_output_dir(config: TrainingConfig) -> None:
@@ -182,8 +165,7 @@ def main(config: TrainingConfig) -> None:
     # Initialize the model and the noise scheduler
     unet = create_unet(unet_config, train_split.channels, class_names, config).to(device)
     noise_scheduler = DDIMScheduler(num_train_timesteps=NUM_TRAIN_TIMESTEPS, prediction_type=config.prediction_type)
-    replay = REPLAYS[config.replay] and REPLAYS[config.replay]()
-    penalty = PENALTIES[config.penalty](config)
+    replay, penalty = create_replay(config), create_penalty(config, logger.warning)
 
     # Handle the output folder
     if accelerator.is_main_process:

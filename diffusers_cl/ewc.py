@@ -10,6 +10,7 @@ penalty.consolidate(unet, losses, batches)   # after a task
 or, decoupled from the optimizer: `penalty.step(unet, lr)` after `optimizer.step()`. `unet` is the unwrapped module.
 """
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from .fisher import Losses, Rank1Fisher, Reduce, _identity, diagonal_fisher, ran
 
 
 WEIGHTS_NAME = "ewc.safetensors"
+MIN_SIGNAL_RATIO = 5.0  # at s, two sets of draws have a cosine of about (s - 1) / s (results/experiments, E1)
 
 
 class _Penalty:
@@ -229,6 +231,9 @@ class Rank1EWC(_Penalty):
         measured = {name: value for name, value in vars(fisher).items() if name != "direction"}
         signal = fisher.num_samples * fisher.mean_gradient_norm**2 / fisher.trace if diagnostics else None
         share = fisher.second_moment / fisher.trace if diagnostics else None
+        if signal is not None and signal < MIN_SIGNAL_RATIO:
+            text = f"signal ratio {signal:.2g} after {fisher.num_samples} draws, noise alone has 1"
+            warnings.warn(f"the direction is largely sampling noise: {text}; raise fisher_samples", stacklevel=2)
         self._record(offset=offset, **measured, signal_ratio=signal, direction_share=share)
         return fisher
 

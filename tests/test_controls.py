@@ -1,11 +1,13 @@
-"""The penalties that the others are judged by."""
+"""The penalties that the others are judged by, and what is said of those that cannot work."""
 
+import pytest
 import torch
 from estimate_helpers import NUM_TASKS, consolidated, flat, moved_along, num_parameters, value_and_gradient, weights
 
-from diffusers_cl import Rank1EWC
+from diffusers_cl import Rank1EWC, TrainingConfig
 from diffusers_cl.controls import L2Penalty, RandomDirectionEWC, random_direction
 from diffusers_cl.fisher import curvature_along
+from diffusers_cl.methods import create_penalty
 
 
 def directions(penalty, model) -> torch.Tensor:
@@ -56,3 +58,31 @@ def test_l2_auto_is_the_mean_curvature_over_directions(tasks, losses):
         [curvature_along(model, losses, batches, random_direction(model, generator), (0.1,))[0] for _ in range(60)]
     )
     assert abs(curvature - many.mean()) < 4 * many.std() * (1 / 4 + 1 / 60) ** 0.5
+
+
+def test_a_direction_of_noise_is_named(tasks, losses, make_batches):
+    model = tasks[0][0]
+    with pytest.warns(UserWarning, match="largely sampling noise: signal ratio .* after 2 draws"):
+        Rank1EWC().consolidate(model, losses, make_batches([2]))
+    # One draw many times over is all signal.
+    batch = tuple(tensor.expand(8, *tensor.shape[1:]) for tensor in make_batches([1])[0])
+    penalty = Rank1EWC()
+    penalty.consolidate(model, losses, [batch])
+    assert penalty.statistics["signal_ratio"][0] == pytest.approx(8, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"penalty": "rank1_ewc"}, 1),
+        ({"penalty": "lowrank_ewc", "lr_scheduler": "constant_with_warmup"}, 1),
+        ({"penalty": "rank1_ewc", "use_ema": True}, 0),
+        ({"penalty": "rank1_ewc", "lr_scheduler": "cosine"}, 0),
+        ({"penalty": "ewc"}, 0),
+        ({}, 0),
+    ],
+)
+def test_raw_weights_at_a_constant_rate_are_warned_of(settings, expected):
+    said = []
+    create_penalty(TrainingConfig(**settings), said.append)
+    assert len(said) == expected and all("use_ema" in text for text in said)
