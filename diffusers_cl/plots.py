@@ -7,6 +7,7 @@ from array import array
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
@@ -118,7 +119,12 @@ def plot_heat_map(
 
 
 def plot_curves(
-    path: Path, curves: dict[str, list[list[float]]], tasks: list[list[str]], title: str, floor: dict | None
+    path: Path,
+    curves: dict[str, list[list[float]]],
+    tasks: list[list[str]],
+    title: str,
+    floor: dict | None,
+    log_if_wide: bool = False,
 ) -> None:
     """
     Saves a metric after each task, a line a method: the mean over seeds with a band of one standard error.
@@ -130,6 +136,7 @@ def plot_curves(
         tasks (`list[list[str]]`): class names of every task.
         title (`str`): what the numbers are.
         floor (`dict`, *optional*): `mean` and `std` of the floor, drawn as a band.
+        log_if_wide (`bool`, defaults to `False`): a logarithmic axis where positive values differ by a factor above 10.
     """
     figure = Figure(figsize=(7.6, 4.2 + 0.18 * len(curves)), layout="constrained")
     axes = figure.add_subplot()
@@ -142,7 +149,7 @@ def plot_curves(
         if len(mean) == 1 < len(tasks):
             axes.axhline(mean[0], color=color, linestyle="--", label=label)
             continue
-        axes.plot(mean, color=color, marker="osD^v"[index % 5], markersize=5, label=label)
+        axes.plot(mean, color=color, marker="osD^v"[(index + index // 10) % 5], markersize=5, label=label)
         if len(values) > 1:
             error = values.std(axis=0, ddof=1) / np.sqrt(len(values))
             axes.fill_between(range(len(mean)), mean - error, mean + error, color=color, alpha=0.2, linewidth=0)
@@ -150,7 +157,12 @@ def plot_curves(
     axes.set_xlim(-0.3, len(tasks) - 0.7)
     axes.set_xlabel("after training")
     axes.set_ylabel(title)
-    axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+    levels = [value for seeds in curves.values() for values in seeds for value in values]
+    if log_if_wide and 0 < 10 * min(levels) < max(levels):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+    else:
+        axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", fontsize=8, frameon=False)
     _save(figure, path)
@@ -197,4 +209,62 @@ def plot_losses(path: Path, log: dict[str, np.ndarray]) -> None:
                 text = f" task-{int(task):02d}" if len(tasks) <= 10 else f" {int(task)}"
                 axes.text(start, 1.02, text, transform=axes.get_xaxis_transform(), fontsize=8)
     axes.set_xlabel("optimizer step")
+    _save(figure, path)
+
+
+def crop_class(path: str | Path, row: int, resolution: int, columns: int) -> np.ndarray:
+    """
+    Returns the first images of one class in a sample grid ([`sampling.image_grid`]), side by side, without the frame.
+
+    Args:
+        path (`str` or `Path`): `samples/task-NN.png` of a run, a row a class.
+        row (`int`): the class.
+        resolution (`int`): of the images; the grid may show them enlarged.
+        columns (`int`): how many images, if there are so many.
+    """
+    from .sampling import GRID_IMAGE_SIZE, GRID_PADDING
+
+    size = resolution * -(-GRID_IMAGE_SIZE // resolution)
+    top = GRID_PADDING + row * (size + GRID_PADDING)
+    with PIL.Image.open(path) as grid:
+        right = min(columns * (size + GRID_PADDING), grid.width - GRID_PADDING)
+        return np.asarray(grid.convert("RGB").crop((GRID_PADDING, top, right, top + size)))
+
+
+def plot_one_class(
+    path: Path, methods: dict[str, list[Path]], row: int, resolution: int, num_tasks: int, title: str
+) -> None:
+    """
+    Saves what became of one class: a row a method, a column a task after which it was drawn.
+
+    Args:
+        path (`Path`): the PNG file.
+        methods (`dict[str, list[Path]]`): for each name, the run's sample grids after the last tasks; one alone (a joint
+            run) stands in the last column.
+        row (`int`), resolution (`int`): where the class is in the grids ([`crop_class`]).
+        num_tasks (`int`): the columns.
+        title (`str`): what is drawn.
+    """
+    columns = int(np.clip(18 // num_tasks, 1, 4))
+    pictures = {
+        name: [crop_class(grid, row, resolution, columns) for grid in grids] for name, grids in methods.items()
+    }
+    # In inches; one pixel of a strip is one of the picture.
+    strip = np.array(next(iter(pictures.values()))[0].shape[1::-1]) / 120
+    left, top, gap = 0.3 + 0.07 * max(map(len, methods)), 0.55, 0.08
+    width, height = size = np.array([left, top]) + (strip + gap) * (num_tasks, len(methods))
+    figure = Figure(figsize=tuple(size))
+    figure.text(gap / width, 1 - 0.05 / height, title, fontsize=10, ha="left", va="top", parse_math=False)
+    for i, (name, strips) in enumerate(pictures.items()):
+        bottom = height - top - (i + 1) * (strip[1] + gap) + gap
+        middle = (bottom + strip[1] / 2) / height
+        figure.text((left - 0.1) / width, middle, name, fontsize=9, ha="right", va="center", parse_math=False)
+        for task, picture in enumerate(strips, start=num_tasks - len(strips)):
+            x = left + task * (strip[0] + gap)
+            axes = figure.add_axes((x / width, bottom / height, strip[0] / width, strip[1] / height))
+            axes.imshow(picture, interpolation="nearest")
+            axes.set_axis_off()
+    for task in range(num_tasks):
+        x = (left + task * (strip[0] + gap) + strip[0] / 2) / width
+        figure.text(x, 1 - (top - 0.05) / height, f"task-{task:02d}", fontsize=8, ha="center", va="bottom")
     _save(figure, path)

@@ -9,6 +9,8 @@ import pytest
 from PIL import Image
 from test_report import FINETUNE_0, FINETUNE_1, JOINT, RANK1, RANK1_CONFIG, ROOT, make_run, row_of
 
+import diffusers_cl.results
+
 
 SPEC = importlib.util.spec_from_file_location("compare_runs", ROOT / "scripts" / "compare_runs.py")
 compare_runs = importlib.util.module_from_spec(SPEC)
@@ -34,16 +36,21 @@ def test_table_of_several_methods_and_seeds(tmp_path, capsys):
         make_run(tmp_path / "rank1", RANK1, **RANK1_CONFIG),
         make_run(tmp_path / "joint", JOINT, stream="joint"),
     ]
+    # 432 of the generated images were measured, and 100 trained on.
+    for run in runs:
+        (run / "run.json").write_text((run / "run.json").read_text().replace('"generated": 216', '"generated": 532'))
     table = compare(capsys, *runs, "--plot", tmp_path / "curve.png")
     # mean (4 + 6) / 2; standard error sqrt(2) / sqrt(2); gap closed (5 - 2.2) / (5 - 1.5)
+    columns = ["seeds", "average", "learning", "forgetting", "worst task", "gap closed"]
+    assert row_of(table, "method")[1:] == [*columns, "stored", "images generated", "minutes"]
     assert row_of(table, "fine-tuning")[1:] == (
         ["0, 1 (n=2)", "5.00 \u00b1 1.00", "2.17 \u00b1 0.17", "+2.83 \u00b1 0.83", "6.50 \u00b1 1.50"]
-        + ["6.50 / 5.00 / 3.50", "2.0", "0%"]
+        + ["0%", "0 B", "100", "2.0"]
     )
     assert row_of(table, "rank-1 EWC + distillation (loss, 15000)")[1:] == (
-        ["0 (n=1)", "2.20", "1.83", "+0.37", "2.50", "2.20 / 1.90 / 2.50", "2.0", "80%"]
+        ["0 (n=1)", "2.20", "1.83", "+0.37", "2.50", "80%", "n/a", "100", "2.0"]
     )
-    assert row_of(table, "joint")[2:6] == ["1.50", "n/a", "n/a", "2.00"] and row_of(table, "joint")[-1] == "100%"
+    assert row_of(table, "joint")[2:7] == ["1.50", "n/a", "n/a", "2.00", "100%"]
     assert row_of(table, "floor (real against real)")[2] == "0.500 \u00b1 0.250"
     order = [line.split("|")[1].strip() for line in table.splitlines()[2:6]]
     assert order == ["joint", "rank-1 EWC + distillation (loss, 15000)", "fine-tuning", "floor (real against real)"]
@@ -54,6 +61,12 @@ def test_table_of_several_methods_and_seeds(tmp_path, capsys):
     assert [line.split("|")[1].strip() for line in table.splitlines()[2:5]][-1] == "fine-tuning"
     assert row_of(table, "fine-tuning")[2:5] == ["0.600", "0.800", "-0.200"] and "floor" not in table
     assert "gap closed" not in compare(capsys, *runs[:3])
+    latex = tmp_path / "tables" / "table.tex"
+    per_task = compare(capsys, *runs, "--per_task", "--latex", latex)
+    per_task = per_task[per_task.index("of every task at the end") :]
+    assert row_of(per_task, "fine-tuning")[1:] == ["6.50", "5.00", "3.50"]
+    assert row_of(per_task, "floor (real against real)")[1:] == ["0.400", "0.500", "0.600"]
+    assert r"fine-tuning & 0, 1 (n=2) & 5.00 $\pm$ 1.00" in latex.read_text()
 
 
 def test_a_gap_within_the_floor_is_called_meaningless(tmp_path, capsys):
@@ -76,7 +89,7 @@ def test_one_name_for_two_methods_is_told_apart(tmp_path, capsys):
 
 def test_saved_results_stand_beside_folders(tmp_path, capsys, monkeypatch):
     folder, saved = make_run(tmp_path / "run", RANK1, **RANK1_CONFIG), tmp_path / "results" / "digits" / "a-seed0.json"
-    monkeypatch.setattr(compare_runs, "ROOT", tmp_path)
+    monkeypatch.setattr(diffusers_cl.results, "ROOT", tmp_path)
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false"]
     subprocess.run([*git, "init", "--quiet"], check=True)
     compare(capsys, folder, "--save", saved)
@@ -84,7 +97,8 @@ def test_saved_results_stand_beside_folders(tmp_path, capsys, monkeypatch):
     subprocess.run([*git, "commit", "--quiet", "--allow-empty", "--message", "first"], check=True)
     compare(capsys, folder, "--save", saved)
     result = json.loads(saved.read_text())
-    assert set(result) == {"metrics", "run", "made_by", "commit"} and re.fullmatch("[0-9a-f]{40}", result["commit"])
+    assert set(result) == {"metrics", "run", "model_config", "scale", "made_by", "commit"}
+    assert re.fullmatch("[0-9a-f]{40}", result["commit"])
     assert result["made_by"] is None and result["metrics"]["config"]["penalty"] == "rank1_ewc"
     compare(capsys, folder, "--save", saved, "--made_by", "make results")
     assert json.loads(saved.read_text())["made_by"] == "make results"
