@@ -31,6 +31,12 @@ def paired_difference(group: list[Run], reference: list[Run], metric: str) -> tu
     return found and (*found, len(differences))
 
 
+def accuracy(group: list[Run]) -> tuple[float, float | None] | None:
+    """Returns the share of the last model's images that are recognised: mean and standard error; `None` if a run lacks it."""
+    found = [run.metrics["metrics"].get("accuracy") for run in group]
+    return None if None in found else mean_and_error([values["average"][-1] for values in found])
+
+
 def stored_bytes(run: Run) -> int | None:
     """
     Returns the bytes that the method keeps between tasks beside the model. Of results that do not say, only what is
@@ -116,6 +122,7 @@ def compare(runs: list[Run], metric: str | None = None, published: dict | None =
                 "num_runs": len(group),
                 "average": average[name],
                 **{key: mean_and_error([s[key] for s in seeds]) for key in ("learning", "forgetting", "worst")},
+                "accuracy": accuracy(group) if metric != "accuracy" else None,
                 "gap_closed": (average[lower[0]][0] - average[name][0]) / gap if gap else None,
                 "paired": paired_difference(group, groups[plain[0]], metric) if paired else None,
                 "is_reference": [name] == plain,

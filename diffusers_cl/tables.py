@@ -15,6 +15,7 @@ COLUMNS = {
     "learning": "learning",
     "forgetting": "forgetting",
     "worst": "worst task",
+    "accuracy": "accuracy",
     "gap_closed": "gap closed",
     "paired": "average - distillation's",
     "published": "published",
@@ -61,6 +62,7 @@ def _cells(row: dict) -> dict[str, str]:
         "seeds": f"{seeds}{orders} (n={row['num_runs']})",
         **{key: _mean(row[key], scale, sign=key == "forgetting") for key in ("average", "learning", "forgetting")},
         "worst": _mean(row["worst"], scale),
+        "accuracy": _mean(row["accuracy"], 1.0),
         "gap_closed": "n/a" if row["gap_closed"] is None else f"{row['gap_closed']:.0%}",
         "paired": "" if row["is_reference"] else paired,
         "published": " / ".join("n/a" if value is None else f"{value}" for value in row["published"] or []),
@@ -76,7 +78,8 @@ def table_cells(table: dict) -> list[list[str]]:
     columns = [
         key
         for key in COLUMNS
-        if key not in ("gap_closed", "paired", "published") or any(row[key] is not None for row in table["rows"])
+        if key not in ("accuracy", "gap_closed", "paired", "published")
+        or any(row[key] is not None for row in table["rows"])
     ]
     rows = [[COLUMNS[key] for key in columns], *([row[key] for key in columns] for row in cells)]
     if floor := table["floor"]:
@@ -120,6 +123,8 @@ def table_notes(table: dict) -> list[str]:
             notes.append("That gap is itself within the floor's spread: shares of it mean nothing.")
     elif max(table["bounds"]) > 1 and min(table["bounds"]) > 0:
         notes.append("No gap closed: there is more than one fine-tuning or joint method.")
+    if any(row["accuracy"] for row in table["rows"]):
+        notes.append("Accuracy: images of the last model that a classifier trained on real ones gives their class.")
     if any(row["paired"] for row in table["rows"]):
         notes.append(f"Average - distillation's: over the n pairs of equal seed{_and_order(runs)}.")
     if any(row["published"] for row in table["rows"]):
