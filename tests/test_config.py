@@ -112,7 +112,7 @@ def test_what_is_written_is_read_again(write):
         ("{tasks: [[0, 1], [1]], classes_per_task: null}", ["tasks", "'1'"]),
         ("{tasks: [[cat], [dog, cat]], classes_per_task: null}", ["tasks", "'cat'"]),
         ("stream: joint", ["replay", "generative_distillation", "joint"]),
-        ("{stream: cumulative, replay: none}", ["penalty", "rank1_ewc", "cumulative"]),
+        ("{stream: cumulative, replay: none, penalty: rank1_ewc}", ["penalty", "rank1_ewc", "cumulative"]),
         ("feature_extractor_weights_path: a.pth", ["feature_extractor", "classifier", "inception"]),
         ("- seed", ["mapping", "list"]),
         ("seed: [", ["bad.yaml"]),
