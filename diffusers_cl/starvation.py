@@ -8,9 +8,10 @@ from .fisher import trainable_parameters
 
 
 MEASURE_EVERY = 20
-# The mean over so many measurements, above this share, gives one warning a task.
+# The mean over so many measurements, above this share, gives one warning a task. Settings that starve nothing were seen at 0.00
+# to 0.05, the paper's 15000 in the loss at 0.5 to 0.9.
 NUM_MEASUREMENTS = 5
-LIMIT = 0.8
+LIMIT = 0.5
 
 
 def _share(penalty: Iterable[torch.Tensor], data: Iterable[torch.Tensor]) -> float:
