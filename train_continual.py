@@ -528,8 +528,13 @@ def main(config: TrainingConfig) -> None:
                         config.memory_bytes,
                         config.seed,
                     )
-                generated = {"images": replay.images} if replay and config.replay_refresh == "once" else None
-                record.stored(penalty=penalty and penalty.state_dict(), memory=memory, replay=generated)
+                # With `latest` nothing that was generated has to be kept.
+                once = replay and replay.source == "generated" and config.replay_refresh == "once"
+                record.stored(
+                    penalty=penalty and penalty.state_dict(),
+                    memory=memory,
+                    replay={"images": replay.images} if once else None,
+                )
                 write_json(output_dir / "metrics.json", metrics)
                 record.write()
                 write_report(output_dir)

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
 from .checkpoint import publish_folder, verify_folder
-from .errors import CheckpointError, DataError
+from .errors import CheckpointError
 from .randomness import permutation
 from .tasks import TaskImages
 
@@ -107,28 +107,19 @@ def extend_memory(
         memory (`dict` or `None`): what was kept until now; of every class a first part stays.
         images ([`TaskImages`]): of the finished task, without flips. Which ones are kept is a function of the seed.
         images_per_class (`int`): fewer where a class has fewer.
-        memory_bytes (`int` or `None`): in place of that, for the images of all classes together.
-
-    Raises:
-        DataError: when the bytes do not suffice for one image a class.
+        memory_bytes (`int` or `None`): in place of that, for the images of all classes together; enough for one a class.
     """
-    rows = {int(c): (images.class_ids == c).nonzero().flatten() for c in images.class_ids.unique()}
-    kept = (
-        {}
-        if memory is None
-        else {int(c): memory["images"][memory["class_labels"] == c] for c in memory["class_labels"].unique()}
-    )
-    num_classes = len(kept) + len(rows)
-    image_bytes = images.split.channels * images.split.resolution**2
+    kept: dict[int, torch.Tensor] = {}
+    if memory is not None:
+        kept = {c: memory["images"][memory["class_labels"] == c] for c in memory["class_labels"].unique().tolist()}
+    new_classes = images.class_ids.unique().tolist()
     if memory_bytes is not None:
-        images_per_class = memory_bytes // (num_classes * image_bytes)
-        if images_per_class < 1:
-            raise DataError(
-                f"memory_bytes is {memory_bytes}; one image of {num_classes} classes takes {num_classes * image_bytes}"
-            )
-    for class_id, found in rows.items():
-        order = permutation(len(found), seed, "memory", class_id)[:images_per_class]
-        kept[class_id] = images.split.decode(found[torch.as_tensor(order)].tolist())
+        image_bytes = images.split.channels * images.split.resolution**2
+        images_per_class = memory_bytes // ((len(kept) + len(new_classes)) * image_bytes)
+    for class_id in new_classes:
+        rows = (images.class_ids == class_id).nonzero().flatten()
+        chosen = rows[permutation(len(rows), seed, "memory", class_id)[:images_per_class]]
+        kept[class_id] = images.split.decode(chosen.tolist())
     # Equally many rows a class, so that uniform draws are balanced.
     images_per_class = min(images_per_class, *map(len, kept.values()))
     return {

@@ -17,7 +17,8 @@ def resolve_tasks(config: TrainingConfig, train: ImageSplit, test: ImageSplit) -
     An entry of `tasks` or `class_order` is a class name, or else (a whole number) a label id.
 
     Raises:
-        DataError: a class that the dataset does not have, a class in two tasks, a class without images.
+        DataError: a class that the dataset does not have, a class in two tasks, a class without images; fewer
+            `memory_bytes` than one image of every class takes.
     """
 
     names = train.names
@@ -52,6 +53,11 @@ def resolve_tasks(config: TrainingConfig, train: ImageSplit, test: ImageSplit) -
                 raise DataError(f"the class {name!r} has no images in split {split.name!r}")
     if config.num_class_embeds is not None and config.num_class_embeds < len(flat):
         raise DataError(f"num_class_embeds is {config.num_class_embeds}; the stream has {len(flat)} classes")
+    needed = len(flat) * train.channels * train.resolution**2
+    if config.replay == "memory" and config.memory_bytes is not None and config.memory_bytes < needed:
+        raise DataError(
+            f"memory_bytes is {config.memory_bytes}; one image of each of {len(flat)} classes takes {needed}"
+        )
     return tasks
 
 

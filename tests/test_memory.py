@@ -14,7 +14,7 @@ from diffusers_cl.data import load_splits
 from diffusers_cl.errors import DataError
 from diffusers_cl.replay import LearningWithoutForgetting
 from diffusers_cl.replay_images import extend_memory
-from diffusers_cl.tasks import TaskImages
+from diffusers_cl.tasks import TaskImages, resolve_tasks
 
 
 SETTINGS = {"penalty": "none", "tasks": "[[0, 1], [2], [3]]", "max_train_steps": 3, "fisher_samples": "null"}
@@ -60,8 +60,15 @@ def test_memory_within_bytes_shrinks_every_class(train):
         if before is not None:
             assert torch.equal(by_class(memory)[0], by_class(before)[0][: kept[-1]])
     assert kept == [10, 5, 3]
-    with pytest.raises(DataError, match="memory_bytes is 255; one image of 4 classes takes 256"):
-        extend_memory(memory, images_of(train, 3), 99, 255, seed=0)
+
+
+def test_too_few_bytes_are_an_error_before_training():
+    settings = {"dataset_name": "digits", "resolution": 8, "tasks": [[0, 1], [2], [3]], "replay": "memory"}
+    config = TrainingConfig(**settings, memory_bytes=255)
+    with pytest.raises(DataError, match="memory_bytes is 255; one image of each of 4 classes takes 256"):
+        resolve_tasks(config, *load_splits(config))
+    config.memory_bytes = 256
+    assert resolve_tasks(config, *load_splits(config)) == [["0", "1"], ["2"], ["3"]]
 
 
 def test_lwf_puts_earlier_classes_on_the_new_images():
@@ -79,7 +86,7 @@ def test_lwf_puts_earlier_classes_on_the_new_images():
 
 @pytest.mark.parametrize("replay", ["memory", "lwf"])
 def test_a_run_goes_on_from_its_task_folders(files, tmp_path, replay):
-    settings = SETTINGS | {"replay": replay, "memory_images_per_class": 3}
+    settings = SETTINGS | {"replay": replay, "memory_images_per_class": 3, "replay_refresh": "once"}
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     assert run(arguments(files, whole, **settings)) == 0
     assert not (whole / "replay").exists()
