@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffusers_cl import __version__, fisher
 from diffusers_cl.checkpoint import PREFIX, list_checkpoints, read_state, write_json
-from diffusers_cl.config import NUM_TRAIN_TIMESTEPS, TrainingConfig
+from diffusers_cl.config import NUM_TRAIN_TIMESTEPS, OPERATIONAL_KEYS, TrainingConfig
 from diffusers_cl.data import load_splits
 from diffusers_cl.draws import FisherBatches
 from diffusers_cl.errors import CheckpointError, DataError, RunError
@@ -236,8 +236,8 @@ def measure(task: Task, variant: str) -> dict:
     numbers |= stiffness(task, unet, v)
     about = {"run": task.run.name, "variant": variant, "seed": task.config.seed, "step": task.last_step}
     about |= {"num_images": {loss: len(rows) for loss, rows in task.rows.items()}, "num_parameters": len(v)}
-    config, seconds = dataclasses.asdict(task.config), time.process_time() - start
-    return {**about, "cpu_seconds": seconds, "numbers": numbers, "config": config}
+    config = {key: value for key, value in dataclasses.asdict(task.config).items() if key not in OPERATIONAL_KEYS}
+    return {**about, "cpu_seconds": time.process_time() - start, "numbers": numbers, "config": config}
 
 
 def table(rows: list[dict]) -> str:
