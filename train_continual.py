@@ -230,7 +230,8 @@ def main(config: TrainingConfig) -> None:
         memory = None
         if replay is not None and task > 0:
             with record.phase("replay"):
-                teacher = copy.deepcopy(unet).eval().requires_grad_(False)
+                # Real images need none.
+                teacher = None if replay.source == "memory" else copy.deepcopy(unet).eval().requires_grad_(False)
                 earlier = [[class_ids[name] for name in names] for names in tasks[:task]]
                 if replay.source == "generated":
                     images, class_labels, num_generated = replay_images_for_task(
@@ -404,7 +405,8 @@ def main(config: TrainingConfig) -> None:
                                 f"task {task}, step {global_step}: loss {values[0]}, gradient norm {grad_norm}; nothing was"
                                 " updated, the last checkpoint is kept"
                             )
-                        penalty_share.before_update(unet, global_step)
+                        clipped = min(1.0, (config.max_grad_norm or math.inf) / (grad_norm + 1e-6))
+                        penalty_share.before_update(unet, global_step, clipped)
                     prepared_optimizer.step()
                     prepared_optimizer.zero_grad()
 

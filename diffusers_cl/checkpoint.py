@@ -99,10 +99,11 @@ def verify_folder(path: str | Path, manifest_folder: str = ".") -> None:
 
 
 def write_text(path: str | Path, content: str) -> None:
-    """Replaces a file in one step."""
+    """Replaces a file in one step; its folder is made where it is missing."""
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(content)
+    partial.write_text(content, encoding="utf-8")
     partial.replace(path)
 
 

@@ -10,8 +10,8 @@ from .ewc import DiagonalEWC, Rank1EWC
 from .fisher import Losses, Rank1Fisher, Reduce, _identity, curvature_along, trainable_parameters
 
 
-# Curvatures along random directions are small: steps as long as these keep the differences above float32's noise.
-ISOTROPIC_STEPS = (0.1, 0.3)
+# Curvatures along random directions are small: a step as long as this keeps the differences above float32's noise.
+ISOTROPIC_STEP = 0.1
 ISOTROPIC_DIRECTIONS = 4
 
 
@@ -55,23 +55,16 @@ class L2Penalty(DiagonalEWC):
     kind = "l2"
 
     def _estimate(self, model: torch.nn.Module, losses: Losses, batches, reduce: Reduce = _identity):
-        count = torch.tensor(float(sum(len(batch[0]) for batch in batches)), dtype=torch.float64)
-        num_samples = int(reduce(count.to(next(model.parameters()).device)).item())
-        if num_samples == 0:
-            raise ValueError("Fisher estimate: the batches are empty")
-        strength = curvature = None
+        strength, num_samples, curvature = 1.0, 0, None
         if self.ewc_lambda == "auto":
+            counted = torch.tensor(float(sum(len(batch[0]) for batch in batches)), dtype=torch.float64)
+            num_samples = int(reduce(counted.to(next(model.parameters()).device)).item())
             generator = _generator(batches, reduce)
-            measured = [
-                curvature_along(
-                    model, losses, batches, random_direction(model, generator), ISOTROPIC_STEPS, reduce=reduce
-                )[0]
-                for _ in range(ISOTROPIC_DIRECTIONS)
-            ]
+            measured = []
+            for _ in range(ISOTROPIC_DIRECTIONS):
+                direction = random_direction(model, generator)
+                measured += curvature_along(model, losses, batches, direction, (ISOTROPIC_STEP,), reduce)
             curvature = sum(measured) / len(measured)
             strength = max(0.0, curvature)
-        ones = {
-            name: torch.full_like(parameter, 1.0 if strength is None else strength)
-            for name, parameter in trainable_parameters(model).items()
-        }
-        return ones, num_samples, curvature
+        constant = {name: torch.full_like(p, strength) for name, p in trainable_parameters(model).items()}
+        return constant, num_samples, curvature

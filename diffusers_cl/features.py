@@ -170,6 +170,11 @@ def train_classifier(
     return classifier
 
 
+def weights_digest(network: nn.Module) -> str:
+    """Returns the sha256 of a network's weights, on the CPU, by which results name it."""
+    return hashlib.sha256(b"".join(t.numpy().tobytes() for t in network.state_dict().values())).hexdigest()
+
+
 def _key(recipe: dict) -> str:
     return hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:16]
 
@@ -217,8 +222,7 @@ def resolve_feature_extractor(
     """
     if config.feature_extractor == "classifier":
         network = _classifier(config, train, class_names, device, quiet)
-        digest = hashlib.sha256(b"".join(t.numpy().tobytes() for t in network.state_dict().values())).hexdigest()
-        return FeatureExtractor("classifier", network, device, train.names, {"sha256": digest})
+        return FeatureExtractor("classifier", network, device, train.names, {"sha256": weights_digest(network)})
     if config.feature_extractor == "inception":
         path = config.feature_extractor_weights_path
         try:

@@ -6,6 +6,7 @@ import torch
 
 from .ewc import Rank1EWC
 from .fisher import (
+    CURVATURE_STEPS,
     Losses,
     Reduce,
     _estimating,
@@ -138,6 +139,6 @@ class LowRankEWC(Rank1EWC):
             curvature = None
             if diagnostics or self.ewc_lambda == "auto":
                 along = {name: tensor[k] for name, tensor in directions.items()}
-                curvature = curvature_along(model, losses, batches, along, reduce=reduce)[0]
+                curvature = curvature_along(model, losses, batches, along, CURVATURE_STEPS[:1], reduce)[0]
             self._record(offset=offsets[k].item(), second_moment=moments[k], curvature=curvature)
         return directions

@@ -3,7 +3,6 @@
 import hashlib
 import importlib.metadata
 import json
-import os
 import platform
 import subprocess
 from dataclasses import asdict, dataclass
@@ -221,14 +220,6 @@ def join_result(run: Run, made_by: str | None, scale: float | None = None) -> di
         commit = None
     result = {"metrics": run.metrics, "run": run.machine, "model_config": run.model_config}
     return result | {"scale": scale, "made_by": made_by, "commit": commit}
-
-
-def write_result(path: Path, content: str) -> None:
-    """Writes a text file of results, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
-    partial.write_text(content, encoding="utf-8")
-    partial.replace(path)
 
 
 def check_comparable(runs: list[Run], metric: str) -> None:

@@ -10,13 +10,13 @@ mean over runs and its standard error.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
+from diffusers_cl.checkpoint import write_json, write_text
 from diffusers_cl.comparison import compare, plot_averages
 from diffusers_cl.report import read_json
-from diffusers_cl.results import ROOT, join_result, load_run, write_result
+from diffusers_cl.results import ROOT, join_result, load_run
 from diffusers_cl.tables import render_latex, render_markdown
 
 
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.save:
             if len(runs) != 1 or args.plot or args.latex or args.metric or args.per_task:
                 raise ValueError("--save takes one run and neither --plot, --latex, --per_task nor --metric")
-            write_result(args.save, json.dumps(join_result(runs[0], args.made_by, runs[0].scale), indent=1) + "\n")
+            write_json(args.save, join_result(runs[0], args.made_by, runs[0].scale))
             return
         for run in runs:
             if not run.finished:
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
         table = compare(runs, args.metric, read_json(ROOT / "results" / "published.json"))
         print(render_markdown(table, args.per_task), end="")
         if args.latex:
-            write_result(args.latex, render_latex(table))
+            write_text(args.latex, render_latex(table))
         if args.plot:
             plot_averages(args.plot, table)
     except (ValueError, OSError) as error:

@@ -13,7 +13,6 @@ to every run; as a run with other keys replaces the file of its method and seed,
 import argparse
 import ctypes
 import dataclasses
-import json
 import os
 import shlex
 import signal
@@ -26,6 +25,7 @@ from pathlib import Path
 
 import yaml
 
+from diffusers_cl.checkpoint import write_json, write_text
 from diffusers_cl.comparison import compare, plot_averages, plot_first_class
 from diffusers_cl.config import OPERATIONAL_KEYS, TrainingConfig, parse_config
 from diffusers_cl.errors import RunError
@@ -39,7 +39,6 @@ from diffusers_cl.results import (
     load_run,
     portable_name,
     same_versions,
-    write_result,
 )
 from diffusers_cl.scale import data_sizes, scaled_arguments
 from diffusers_cl.tables import render_latex, render_markdown
@@ -180,7 +179,7 @@ def finish(job: Job, exit_code: int, folder: Path, scale: float | None) -> str |
         result = join_result(load_run(folder), job.made_by(), scale)
     except ValueError as error:
         return str(error)
-    write_result(job.result, json.dumps(result, indent=1) + "\n")
+    write_json(job.result, result)
     return None
 
 
@@ -194,8 +193,8 @@ def write_tables(jobs: list[Job], args: argparse.Namespace) -> None:
     except ValueError as error:
         print(f"warning: no table in {args.results_dir}: {error}", file=sys.stderr, flush=True)
         return
-    write_result(args.results_dir / "table.md", render_markdown(table, per_task=True))
-    write_result(args.results_dir / "table.tex", render_latex(table))
+    write_text(args.results_dir / "table.md", render_markdown(table, per_task=True))
+    write_text(args.results_dir / "table.tex", render_latex(table))
     plot_averages(args.runs_dir / "curves.png", table)
     grids = {job.result: sorted((job.folder()[0] / "samples").glob("task-*.png")) for job in jobs}
     plot_first_class(args.runs_dir / "one_class.png", table, grids)

@@ -19,6 +19,7 @@ from diffusers_cl.errors import ConfigError
 DIGITS = str(ROOT / "configs" / "digits.yaml")
 PRESETS = sorted((ROOT / "configs").glob("*.yaml"))
 METHODS = sorted((ROOT / "configs" / "methods").glob("*.yaml"))
+EXPERIMENTS = sorted((ROOT / "configs" / "experiments").rglob("*.yaml"))
 KEYS = [field.name for field in dataclasses.fields(TrainingConfig)]
 
 
@@ -194,3 +195,10 @@ def test_every_key_is_read():
     unread = [key for key in KEYS if not re.search(rf"\bconfig\.{key}\b|getattr\(config, \"{key}\"", source)]
     assert unread == []
     assert set(OPERATIONAL_KEYS) <= set(KEYS)
+
+
+@pytest.mark.parametrize("overlay", EXPERIMENTS, ids=[path.stem for path in EXPERIMENTS])
+def test_experiments_lie_over_the_digits(overlay):
+    config = parse_config(["--config", DIGITS, "--config", str(overlay)])
+    expected = yaml.safe_load(overlay.read_text())
+    assert {key: getattr(config, key) for key in expected} == expected

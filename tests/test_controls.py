@@ -1,5 +1,7 @@
 """The penalties that the others are judged by, and what is said of those that cannot work."""
 
+import typing
+
 import pytest
 import torch
 from estimate_helpers import NUM_TASKS, consolidated, flat, moved_along, num_parameters, value_and_gradient, weights
@@ -7,7 +9,7 @@ from estimate_helpers import NUM_TASKS, consolidated, flat, moved_along, num_par
 from diffusers_cl import Rank1EWC, TrainingConfig
 from diffusers_cl.controls import L2Penalty, RandomDirectionEWC, random_direction
 from diffusers_cl.fisher import curvature_along
-from diffusers_cl.methods import create_penalty
+from diffusers_cl.methods import create_penalty, create_replay
 
 
 def directions(penalty, model) -> torch.Tensor:
@@ -69,6 +71,19 @@ def test_a_direction_of_noise_is_named(tasks, losses, make_batches):
     penalty = Rank1EWC()
     penalty.consolidate(model, losses, [batch])
     assert penalty.statistics["signal_ratio"][0] == pytest.approx(8, rel=1e-3)
+
+
+def test_every_penalty_and_replay_has_its_class():
+    def names(key: str) -> list[str]:
+        return typing.get_args(typing.get_type_hints(TrainingConfig)[key])
+
+    made = {name: create_penalty(TrainingConfig(penalty=name, use_ema=True), print) for name in names("penalty")}
+    assert made.pop("none") is None and made["lowrank_ewc"].rank == TrainingConfig.fisher_rank
+    assert all(penalty.kind == name and penalty.ewc_lambda == 15_000 for name, penalty in made.items())
+    sources = {name: getattr(create_replay(TrainingConfig(replay=name)), "source", None) for name in names("replay")}
+    assert sources == {"none": None, "lwf": "current", "memory": "memory"} | dict.fromkeys(
+        ("generative_replay", "generative_distillation"), "generated"
+    )
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from diffusers_cl.comparison import compare
 from diffusers_cl.config import TrainingConfig, parse_config
+from diffusers_cl.report import read_json
+from diffusers_cl.results import load_run
+from diffusers_cl.tables import render_latex, render_markdown
 
 
 ROOT = Path(__file__).parents[1]
@@ -62,20 +66,53 @@ def test_a_table_is_that_of_the_committed_results(patterns):
     assert f"<!-- compare_runs.py {patterns} -->\n\n{table[: table.index(chr(10) * 2)]}" in README
 
 
-def test_every_set_of_results_has_its_table():
-    shown = {str(Path(pattern).parent) for patterns in tables() for pattern in patterns.split()}
-    assert {"results/digits", "results/experiments/weak_replay"} <= shown
+FOLDERS = sorted({path.parent for path in (ROOT / "results").rglob("*-seed*.json") if path.parent.name != "sweep"})
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=[folder.name for folder in FOLDERS])
+def test_every_set_of_results_has_its_table(folder):
+    runs = [load_run(path) for path in sorted(folder.glob("*-seed*.json"))]
+    table = compare(runs, published=read_json(ROOT / "results" / "published.json"))
+    assert (folder / "table.md").read_text() == render_markdown(table, per_task=True)
+    assert (folder / "table.tex").read_text() == render_latex(table)
+    assert str(folder.relative_to(ROOT)) in README
+
+
+def means(folder: str, metric: str) -> dict[str, tuple]:
+    runs = [load_run(path) for path in sorted((ROOT / "results" / folder).glob("*-seed*.json"))]
+    return {row["method"]: row for row in compare(runs, metric)["rows"]}
+
+
+def test_recall_of_memory_is_that_of_the_committed_results():
+    digits, ten = means("digits", "recall"), means("experiments/weak_replay", "recall")
+    for rows, place in ((digits, "on digits"), (ten, "over ten tasks")):
+        values = [rows[name]["average"][0] for name in ("memory (10 a class)", "distillation")]
+        assert f"{values[0]:.2f} against {values[1]:.2f} {place}" in README
+
+
+def test_paired_differences_in_the_text_are_those_of_the_committed_results():
+    lwf = means("digits", "fd_classifier")["LwF"]["paired"]
+    assert f"as good on digits ({lwf[0]:+.2f} \u00b1 {lwf[1]:.2f})" in README
+    strong = means("experiments/strong_replay", "fd_classifier")
+    distillation = strong["distillation"]["average"]
+    rank1 = strong["rank-1 EWC + distillation (decoupled, auto)"]["paired"]
+    text = f"distillation {distillation[0]:.2f} \u00b1 {distillation[1]:.2f}, rank-1 EWC {rank1[0]:+.2f} \u00b1 {rank1[1]:.2f}"
+    assert text in README
 
 
 def test_recognised_digits_are_those_of_the_committed_results():
     recognised = json.loads((ROOT / "results" / "digits" / "recognised.json").read_text())
     assert all(run["judge"]["test_accuracy"] >= 0.97 for run in recognised)
-    default = [run for run in recognised if run["penalty"][0] == "none"]
-    default = [run for run in default if run["replay"] == "generative_distillation"]
-    assert sorted(run["seed"] for run in default) == [0, 1, 2]
-    lowest = sorted(run["lowest"] for run in default)
-    assert lowest[0] >= 90
-    assert f"{lowest[0]} to {lowest[-1]} of 100" in README
+
+    def lowest(replay: str) -> list[int]:
+        found = [run for run in recognised if run["penalty"][0] == "none" and run["replay"] == replay]
+        assert sorted(run["seed"] for run in found) == [0, 1, 2]
+        return sorted(run["lowest"] for run in found)
+
+    default, memory, lwf = lowest("generative_distillation"), lowest("memory"), lowest("lwf")
+    assert default[0] >= 90
+    assert f"{default[0]} to {default[-1]} of 100" in README
+    assert f"{memory[0]} to {memory[-1]}\nwith `memory`, {lwf[0]} to {lwf[-1]} with `lwf`" in README
 
 
 def test_the_time_of_the_demo_is_that_of_the_committed_run():

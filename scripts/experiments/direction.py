@@ -280,7 +280,6 @@ def main(argv: list[str] | None = None) -> int:
     constants = {name: value for name, value in globals().items() if name.isupper()}
     versions = {"torch": torch.__version__, "diffusers": diffusers.__version__, "diffusers_cl": __version__}
     content = {"versions": versions, "device": "cpu", "threads": 1, "constants": constants, "rows": []}
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     try:
         for run in args.runs:
             task = Task(run)

@@ -9,9 +9,7 @@ of the undamaged sets: those of one measurement, over random draws of both sets,
 """
 
 import argparse
-import hashlib
 import itertools
-import json
 import platform
 import time
 from dataclasses import dataclass
@@ -27,9 +25,10 @@ from sklearn.decomposition import PCA
 from torch_fidelity.metric_prc import prc_features_to_metric
 from torchvision.transforms.functional import gaussian_blur
 
+from diffusers_cl.checkpoint import write_json
 from diffusers_cl.config import TrainingConfig
 from diffusers_cl.data import ImageSplit, load_splits
-from diffusers_cl.features import NUM_FEATURES, FeatureExtractor, train_classifier
+from diffusers_cl.features import NUM_FEATURES, FeatureExtractor, train_classifier, weights_digest
 from diffusers_cl.metrics import frechet_distance, kernel_distance
 from diffusers_cl.randomness import derive_seed
 from diffusers_cl.tasks import resolve_tasks
@@ -79,11 +78,10 @@ def build_pool(train: ImageSplit, test: ImageSplit, seeds: list[int]) -> tuple[P
     pool, records = Pool(test.labels, distances, torch.from_numpy(pixels).double(), {}, {}), []
     for seed in seeds:
         network = train_classifier(train, np.arange(len(train.labels)), "cpu", True, seed)
-        digest = hashlib.sha256(b"".join(t.numpy().tobytes() for t in network.state_dict().values())).hexdigest()
         pool.features[seed], names = FeatureExtractor("classifier", network, "cpu", train.names)(images)
         pool.predictions[seed] = np.array([train.names.index(name) for name in names])
         accuracy = float((pool.predictions[seed][: len(test.labels)] == test.labels).mean())
-        records.append({"seed": seed, "sha256": digest, "test_accuracy": accuracy})
+        records.append({"seed": seed, "sha256": weights_digest(network), "test_accuracy": accuracy})
     return pool, records
 
 
@@ -286,8 +284,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Runs the script."""
     result = run(args := parse_args(argv))
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(args.output, result)
     print(format_table(result["smallest_seen"]) + "\n")
     for size, pairs in result["classifier_agreement"].items():
         for pair, found in pairs.items():
