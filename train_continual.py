@@ -36,6 +36,7 @@ from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
 from diffusers_cl import __version__
+from diffusers_cl.arguments import parse_config, to_yaml
 from diffusers_cl.checkpoint import (
     load_checkpoint,
     newest_checkpoint,
@@ -44,7 +45,7 @@ from diffusers_cl.checkpoint import (
     write_json,
     write_text,
 )
-from diffusers_cl.config import NUM_TRAIN_TIMESTEPS, OPERATIONAL_KEYS, TrainingConfig, parse_config, to_yaml
+from diffusers_cl.config import NUM_TRAIN_TIMESTEPS, OPERATIONAL_KEYS, TrainingConfig
 from diffusers_cl.data import load_splits
 from diffusers_cl.draws import FisherBatches
 from diffusers_cl.errors import CheckpointError, ConfigError, NonFiniteError, RunError, StorageError

@@ -1,19 +1,12 @@
-"""The configuration of a run: one flat dataclass, filled from YAML files and the command line."""
+"""The configuration of a run: one flat dataclass. [`parse_config`] in arguments.py fills it."""
 
-import argparse
 import dataclasses
-import difflib
 import math
-import re
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
-import yaml
-from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
-
-from .errors import ConfigError, first_line
+from .errors import ConfigError
+from .strength import parse_ewc_lambda
 
 
 # Keys that may differ when a run is continued: they move no number in metrics.json.
@@ -29,8 +22,6 @@ OPERATIONAL_KEYS = (
     "dataloader_num_workers",
 )
 NUM_TRAIN_TIMESTEPS = 1000
-# What jsonargparse says of a value that fits none of several types.
-UNION_MESSAGE = r'Parser key "([^"]+)": Does not validate .* Subtypes: \[(.*)\] Errors: .* Given value: (.*)'
 
 
 @dataclass
@@ -104,8 +95,9 @@ class TrainingConfig:
     `l2` (all parameters alike) and `random_direction` (as stiff as `rank1_ewc`) are there to judge them by."""
     penalty_mode: Literal["loss", "decoupled"] = "loss"
     """`loss`: added to the loss (the paper); `decoupled`: an exact proximal step after the optimizer's (not the paper)."""
-    ewc_lambda: float | Literal["auto"] = 15_000.0
-    """Weight of the penalty, or `auto`: the measured curvature of the old task's loss in its place."""
+    ewc_lambda: float | str = 15_000.0
+    """Weight of the penalty, or `auto`: the measured curvature of the old task's loss in its place; `10xauto` is ten times
+    that."""
     fisher_rank: int = 8
     """For `penalty: lowrank_ewc`: directions a task, each of which costs one parameter vector."""
     fisher_samples: int | None = None
@@ -246,7 +238,10 @@ def validate(config: TrainingConfig) -> None:
         require(0 <= getattr(config, key) < 1, key, "[0, 1)")
     for key in ("lr_warmup_steps", "dataloader_num_workers", "seed", "adam_weight_decay"):
         require(getattr(config, key) >= 0, key, "0 or more")
-    require(config.ewc_lambda == "auto" or config.ewc_lambda > 0, "ewc_lambda", "positive numbers and 'auto'")
+    try:
+        parse_ewc_lambda(config.ewc_lambda)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     bounds = [0, *config.fisher_timesteps, NUM_TRAIN_TIMESTEPS]
     within = len(bounds) == 4 and bounds[0] <= bounds[1] < bounds[2] <= bounds[3]
     require(within, "fisher_timesteps", f"[start, end) within [0, {NUM_TRAIN_TIMESTEPS}]")
@@ -254,67 +249,3 @@ def validate(config: TrainingConfig) -> None:
         require(config.resume_from_checkpoint is None, "resume_from_checkpoint", "null when overwriting")
     if config.feature_extractor_weights_path is not None:
         require(config.feature_extractor == "inception", "feature_extractor", "'inception' when weights are given")
-
-
-class _Parser(ArgumentParser):
-    """Raises instead of printing the usage: a fault is one sentence."""
-
-    def error(self, message: str, ex: Exception | None = None):
-        text = re.sub(r"<class '(\w+)'>|typing\.Literal\[([^]]*)\]", r"\1\2", " ".join(message.split()))
-        text = re.sub(r'Parser key "([^"]+)": Expected an? (.*?)\. Got value: (.*)', r"\1 is \3; allowed: \2", text)
-        raise ConfigError(re.sub(UNION_MESSAGE, r"\1 is \3; allowed: \2", text)) from ex
-
-
-def _check_keys(keys: list[str], where: str) -> None:
-    known = [field.name for field in dataclasses.fields(TrainingConfig)]
-    for key in keys:
-        if str(key).removesuffix("+") not in known:
-            close = difflib.get_close_matches(str(key), known, n=1)
-            raise ConfigError(f"{where}: unknown key {key!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
-
-
-def parse_config(arguments: list[str] | None = None) -> TrainingConfig:
-    """
-    Returns the validated configuration of a command line: `--config FILE ...` in the order given, then `--key value`.
-
-    Raises:
-        ConfigError: unknown key, wrong type or impossible combination, naming the key and what is allowed.
-    """
-    # Files first: the command line wins wherever it stands.
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    first.add_argument("--config", action="append", default=[])
-    try:
-        found, rest = first.parse_known_args(sys.argv[1:] if arguments is None else arguments)
-    except argparse.ArgumentError as error:
-        raise ConfigError(str(error)) from error
-    for file in (files := found.config):
-        try:
-            content = yaml.safe_load(Path(file).read_text())
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ConfigError(f"--config {file}: {first_line(error)}") from error
-        if not isinstance(content, dict):
-            raise ConfigError(f"--config {file}: expected a mapping of keys to values, found {type(content).__name__}")
-        _check_keys(list(content), file)
-    _check_keys([a[2:].split("=", 1)[0] for a in rest if a.startswith("--") and a != "--help"], "command line")
-    # `--use_ema` alone means true, as in diffusers' scripts.
-    switches = {f"--{field.name}" for field in dataclasses.fields(TrainingConfig) if field.type is bool}
-    for position in reversed(range(len(rest))):
-        if rest[position] in switches and (rest + ["--"])[position + 1].startswith("--"):
-            rest[position] += "=true"
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    about = TrainingConfig.__doc__
-    parser = _Parser(prog="train_continual.py", description=about, exit_on_error=False, print_config=None)
-    parser.add_argument("--config", action="config", help="a YAML file; may be repeated, a later one wins")
-    parser.add_class_arguments(TrainingConfig, as_group=False)
-    try:
-        namespace = parser.parse_args([part for file in files for part in ("--config", file)] + rest)
-    except ArgumentError as error:
-        raise ConfigError(" ".join(str(error).split())) from error
-    config = TrainingConfig(**{key: value for key, value in namespace.as_dict().items() if key != "config"})
-    validate(config)
-    return config
-
-
-def to_yaml(config: TrainingConfig) -> str:
-    """Returns the configuration as YAML, in the order of the dataclass."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)

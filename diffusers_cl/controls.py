@@ -48,7 +48,7 @@ class L2Penalty(DiagonalEWC):
     Every parameter held alike: `(ewc_lambda / 2) sum_k |theta - theta*_k|^2`, [`DiagonalEWC`] with ones for a Fisher.
 
     Args:
-        ewc_lambda (`float` or `"auto"`): the weight; `auto` takes the mean curvature of the task's loss over random
+        ewc_lambda (`float` or `str`): the weight; `"auto"` takes the mean curvature of the task's loss over random
             directions, an estimate of its Hessian's trace over the number of parameters, in place of the ones.
     """
 
@@ -56,7 +56,7 @@ class L2Penalty(DiagonalEWC):
 
     def _estimate(self, model: torch.nn.Module, losses: Losses, batches, reduce: Reduce = _identity):
         strength, num_samples, curvature = 1.0, 0, None
-        if self.ewc_lambda == "auto":
+        if self.automatic:
             counted = torch.tensor(float(sum(len(batch[0]) for batch in batches)), dtype=torch.float64)
             num_samples = int(reduce(counted.to(next(model.parameters()).device)).item())
             generator = _generator(batches, reduce)

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from .fisher import Losses, Rank1Fisher, Reduce, _identity, diagonal_fisher, rank1_fisher, trainable_parameters
+from .strength import parse_ewc_lambda
 
 
 WEIGHTS_NAME = "ewc.safetensors"
@@ -31,9 +32,8 @@ class _Penalty:
     quantities: tuple[str, ...]
 
     def __init__(self, ewc_lambda: float | str = 15_000.0):
-        if ewc_lambda != "auto" and (isinstance(ewc_lambda, str) or not 0 < ewc_lambda < float("inf")):
-            raise ValueError(f"ewc_lambda is {ewc_lambda!r}; allowed are positive numbers and 'auto'")
-        self.ewc_lambda = ewc_lambda if ewc_lambda == "auto" else float(ewc_lambda)
+        self.factor, self.automatic = parse_ewc_lambda(ewc_lambda)
+        self.ewc_lambda = ewc_lambda if self.automatic else self.factor
         self.tensors: dict[str, dict[str, torch.Tensor]] = {}
         self.statistics: dict[str, list[float]] = {}
 
@@ -109,7 +109,7 @@ class _Penalty:
         if metadata.get("penalty") != cls.kind:
             raise ValueError(f"{pretrained_model_path} holds penalty {metadata.get('penalty')!r}, not {cls.kind!r}")
         ewc_lambda = metadata["ewc_lambda"]
-        penalty = cls(ewc_lambda if ewc_lambda == "auto" else float(ewc_lambda))
+        penalty = cls(ewc_lambda if ewc_lambda.endswith("auto") else float(ewc_lambda))
         penalty.load_state_dict(state_dict)
         return penalty
 
@@ -139,8 +139,9 @@ class Rank1EWC(_Penalty):
     parameter vector and a few scalars.
 
     Args:
-        ewc_lambda (`float` or `"auto"`): the weight; the paper's is 15000. `auto` (not in the paper) takes the measured
-            curvature of the task's loss along v, clamped at 0, in place of `ewc_lambda * m`: the Laplace term itself.
+        ewc_lambda (`float` or `str`): the weight; the paper's is 15000. `"auto"` (not in the paper) takes the measured
+            curvature of the task's loss along v, clamped at 0, in place of `ewc_lambda * m`: the Laplace term itself;
+            `"10xauto"` ten times that.
     """
 
     kind = "rank1_ewc"
@@ -158,12 +159,12 @@ class Rank1EWC(_Penalty):
 
     def strengths(self) -> list[float]:
         """Returns the coefficient of every task's quadratic: `ewc_lambda * m_k`, or the curvature under `auto`."""
-        if self.ewc_lambda == "auto":
+        if self.automatic:
             curvatures = self.statistics.get("curvature", [])
             if any(kappa != kappa for kappa in curvatures):
                 raise ValueError("ewc_lambda is 'auto', but the curvature of a finished task was not measured")
-            return [max(0.0, kappa) for kappa in curvatures]
-        return [self.ewc_lambda * m for m in self.statistics.get("second_moment", [])]
+            return [self.factor * max(0.0, kappa) for kappa in curvatures]
+        return [self.factor * m for m in self.statistics.get("second_moment", [])]
 
     def __call__(self, model: torch.nn.Module) -> torch.Tensor:
         """Returns the penalty, a scalar with a gradient; 0 until a task has been consolidated."""
@@ -219,7 +220,7 @@ class Rank1EWC(_Penalty):
             [`Rank1Fisher`], the estimate that was added.
         """
         parameters = self._parameters(model)
-        curvature = diagnostics or self.ewc_lambda == "auto"
+        curvature = diagnostics or self.automatic
         fisher = rank1_fisher(model, losses, batches, diagnostics, curvature, reduce=reduce)
         direction = self._direction(model, fisher, batches, reduce)
         known = self.tensors.setdefault("direction", {})
@@ -246,7 +247,7 @@ class DiagonalEWC(_Penalty):
     parameter vectors however many tasks there were, and exactly 0 with zero gradient at the first anchor.
 
     Args:
-        ewc_lambda (`float` or `"auto"`): the weight; the paper's is 15000. `auto` (not in the paper) scales every
+        ewc_lambda (`float` or `str`): the weight; the paper's is 15000. `"auto"` (not in the paper) scales every
             task's Fisher so that its curvature along the mean gradient v is the measured one: `kappa / (v^T F v)`.
     """
 
@@ -254,12 +255,11 @@ class DiagonalEWC(_Penalty):
     quantities = ("fisher", "anchor")
 
     def _weight(self) -> float:
-        automatic = self.ewc_lambda == "auto"
-        if any((kappa == kappa) != automatic for kappa in self.statistics.get("curvature", [])):
+        if any((kappa == kappa) != self.automatic for kappa in self.statistics.get("curvature", [])):
             raise ValueError(
                 "ewc_lambda is 'auto' here and was a number before, or the reverse: the state has its scale"
             )
-        return 1.0 if automatic else self.ewc_lambda
+        return self.factor
 
     def __call__(self, model: torch.nn.Module) -> torch.Tensor:
         """Returns the penalty, a scalar with a gradient; 0 until a task has been consolidated."""
@@ -286,7 +286,7 @@ class DiagonalEWC(_Penalty):
     def _estimate(self, model: torch.nn.Module, losses: Losses, batches, reduce: Reduce = _identity):
         """The task's diagonal (scaled, under `auto`), the number of draws and the curvature, where it was measured."""
         fisher, num_samples = diagonal_fisher(model, losses, batches, reduce=reduce)
-        if self.ewc_lambda != "auto":
+        if not self.automatic:
             return fisher, num_samples, None
         rank1 = rank1_fisher(model, losses, batches, diagnostics=False, reduce=reduce)
         along = sum((fisher[name] * v.square()).sum(dtype=torch.float64) for name, v in rank1.direction.items()).item()

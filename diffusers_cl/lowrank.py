@@ -98,7 +98,7 @@ class LowRankEWC(Rank1EWC):
     `1/2 sum_k sum_r strength_kr (v_kr . theta - b_kr)^2`. Not the paper's method, which has one direction a task.
 
     Args:
-        ewc_lambda (`float` or `"auto"`): times the eigenvalue; `auto` takes the measured curvature along each direction.
+        ewc_lambda (`float` or `str`): times the eigenvalue; `"auto"` takes the measured curvature along each direction.
         rank (`int`): directions a task; a task costs so many parameter vectors.
     """
 
@@ -137,7 +137,7 @@ class LowRankEWC(Rank1EWC):
         self.statistics.setdefault("num_samples", []).append(float(num_samples))
         for k in range(self.rank):
             curvature = None
-            if diagnostics or self.ewc_lambda == "auto":
+            if diagnostics or self.automatic:
                 along = {name: tensor[k] for name, tensor in directions.items()}
                 curvature = curvature_along(model, losses, batches, along, CURVATURE_STEPS[:1], reduce)[0]
             self._record(offset=offsets[k].item(), second_moment=moments[k], curvature=curvature)

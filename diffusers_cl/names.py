@@ -35,7 +35,7 @@ def method_name(config: dict) -> str:
     if config["penalty"] != "none":
         parts.append(PENALTY_NAMES[config["penalty"]].format_map(config))
         ewc_lambda = config["ewc_lambda"]
-        note = f" ({config['penalty_mode']}, {ewc_lambda if ewc_lambda == 'auto' else f'{ewc_lambda:g}'})"
+        note = f" ({config['penalty_mode']}, {ewc_lambda if isinstance(ewc_lambda, str) else f'{ewc_lambda:g}'})"
     if config["replay"] != "none":
         parts.append(REPLAY_NAMES[config["replay"]])
         if config["replay"] == "memory":

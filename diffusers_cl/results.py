@@ -121,7 +121,7 @@ def effective_config(config: dict) -> dict:
     unread = set()
     if penalty == "none":
         unread |= {"penalty_mode", "ewc_lambda"}
-    if penalty == "none" or penalty == "l2" and config["ewc_lambda"] != "auto":
+    if penalty == "none" or penalty == "l2" and not isinstance(config["ewc_lambda"], str):
         unread |= {key for key in config if key.startswith("fisher_")}
     if penalty != "lowrank_ewc":
         unread.add("fisher_rank")

@@ -12,7 +12,8 @@ from script_helpers import ROOT
 
 import diffusers_cl
 from diffusers_cl import config as config_module
-from diffusers_cl.config import OPERATIONAL_KEYS, TrainingConfig, parse_config, to_yaml
+from diffusers_cl.arguments import parse_config, to_yaml
+from diffusers_cl.config import OPERATIONAL_KEYS, TrainingConfig
 from diffusers_cl.errors import ConfigError
 
 
@@ -92,7 +93,11 @@ def test_what_is_written_is_read_again(write):
         ("learning_rate: 0", ["learning_rate", "0", "positive"]),
         ("ewc_lambda: .nan", ["ewc_lambda", "nan"]),
         ("ewc_lambda: -1", ["ewc_lambda", "-1", "auto"]),
-        ("ewc_lambda: strong", ["ewc_lambda", "strong"]),
+        ("ewc_lambda: strong", ["ewc_lambda", "strong", "10xauto"]),
+        ("ewc_lambda: 0xauto", ["ewc_lambda", "0xauto", "10xauto"]),
+        ("ewc_lambda: xauto", ["ewc_lambda", "xauto"]),
+        ("ewc_lambda: 10auto", ["ewc_lambda", "10auto"]),
+        ("ewc_lambda: [1, 2]", ["ewc_lambda", "1, 2"]),
         ("train_batch_size: 0", ["train_batch_size", "0"]),
         ("max_train_steps: []", ["max_train_steps", "[]"]),
         ("max_train_steps: 0", ["max_train_steps", "0"]),

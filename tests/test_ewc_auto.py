@@ -46,6 +46,23 @@ def test_auto_diagonal_has_the_measured_curvature_along_v(small_denoiser, make_b
 
 
 @pytest.mark.parametrize("kind", PENALTIES)
+def test_a_multiple_of_auto(small_denoiser, make_batches, losses, kind, tmp_path):
+    batches = make_batches([9, 7])
+    single, tenfold = kind("auto"), kind("10xauto")
+    for penalty in (single, tenfold):
+        penalty.consolidate(small_denoiser, losses, batches)
+    direction = rank1_fisher(small_denoiser, losses, batches).direction
+    moved = moved_along(small_denoiser, direction, 0.5)
+    assert tenfold(moved).item() == pytest.approx(10 * single(moved).item(), rel=1e-6) and single(moved) > 0
+    # The state has the measured curvature, the factor is the setting's: a later run may choose another.
+    tenfold.save_pretrained(tmp_path)
+    loaded = kind.from_pretrained(tmp_path)
+    assert loaded.ewc_lambda == "10xauto" and loaded(moved) == tenfold(moved)
+    single.load_state_dict(tenfold.state_dict())
+    assert tenfold(moved).item() == pytest.approx(10 * single(moved).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", PENALTIES)
 def test_auto_is_clamped_where_the_loss_curves_down(kind):
     model = torch.nn.Linear(3, 1, bias=False)
     torch.nn.init.ones_(model.weight)

@@ -8,7 +8,7 @@ from script_helpers import arguments
 from transformers import ConvNextImageProcessor, ResNetConfig, ResNetForImageClassification
 
 from diffusers_cl import features as features_module
-from diffusers_cl.config import parse_config
+from diffusers_cl.arguments import parse_config
 from diffusers_cl.data import load_splits
 from diffusers_cl.errors import DataError
 from diffusers_cl.features import resolve_feature_extractor, train_classifier

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from diffusers_cl.arguments import parse_config
 from diffusers_cl.comparison import compare
-from diffusers_cl.config import TrainingConfig, parse_config
+from diffusers_cl.config import TrainingConfig
 from diffusers_cl.report import read_json
 from diffusers_cl.results import load_run
 from diffusers_cl.tables import render_latex, render_markdown

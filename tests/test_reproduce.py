@@ -28,7 +28,8 @@ OVERLAY = "tasks: [[a, b], [c, d], [e, f]]\nclasses_per_task: null\nmax_train_st
 STAND_IN = """
 import dataclasses, json, shutil, sys, time
 from pathlib import Path
-from diffusers_cl.config import OPERATIONAL_KEYS, parse_config, to_yaml
+from diffusers_cl.arguments import parse_config, to_yaml
+from diffusers_cl.config import OPERATIONAL_KEYS
 config = parse_config()
 folder, template = Path(config.output_dir), Path(__file__).parent / "template"
 folder.mkdir(exist_ok=True)

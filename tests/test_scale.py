@@ -4,7 +4,8 @@ import dataclasses
 import json
 from pathlib import Path
 
-from diffusers_cl.config import TrainingConfig, parse_config
+from diffusers_cl.arguments import parse_config
+from diffusers_cl.config import TrainingConfig
 from diffusers_cl.models import PAPER_UNET
 from diffusers_cl.scale import data_sizes, scale_unet_config, scaled_arguments, scaled_settings
 
