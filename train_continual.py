@@ -12,7 +12,6 @@ import json
 import logging
 import math
 import os
-import shlex
 import shutil
 import sys
 import warnings
@@ -24,45 +23,45 @@ from pathlib import Path
 import datasets
 import diffusers
 import torch
-import yaml
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.logging import get_logger
 from accelerate.utils import ProjectConfiguration
 from diffusers import DDIMScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, is_wandb_available
+from diffusers.utils import is_wandb_available
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
 from diffusers_cl import __version__
 from diffusers_cl.arguments import parse_config, to_yaml
-from diffusers_cl.checkpoint import (
-    load_checkpoint,
-    newest_checkpoint,
-    read_state,
-    save_checkpoint,
-    write_json,
-    write_text,
-)
-from diffusers_cl.config import NUM_TRAIN_TIMESTEPS, OPERATIONAL_KEYS, TrainingConfig
+from diffusers_cl.checkpoint import load_checkpoint, newest_checkpoint, read_state, save_checkpoint
+from diffusers_cl.config import NUM_TRAIN_TIMESTEPS, OPERATIONAL_KEYS, SECRET_KEYS, TrainingConfig
 from diffusers_cl.data import load_splits
 from diffusers_cl.draws import FisherBatches
-from diffusers_cl.errors import CheckpointError, ConfigError, NonFiniteError, RunError, StorageError
-from diffusers_cl.evaluation import Evaluation, class_grid_columns, nearest_training_images
-from diffusers_cl.features import resolve_feature_extractor
-from diffusers_cl.hub import CONSOLIDATION, finished_tasks, task_folder, write_task_folder
+from diffusers_cl.errors import CheckpointError, ConfigError, NonFiniteError, PushPendingError, RunError, StorageError
+from diffusers_cl.evaluation import class_grid_columns, create_evaluation, nearest_training_images
+from diffusers_cl.files import write_json, write_text
+from diffusers_cl.folders import CONSOLIDATION, MEMORY_NAME, finished_tasks, previous_model, task_folder
+from diffusers_cl.growth import load_weights, restore_penalty
+from diffusers_cl.hub import write_task_folder
 from diffusers_cl.losses import denoising_losses, training_target
 from diffusers_cl.methods import create_penalty, create_replay
 from diffusers_cl.models import create_unet, load_unet_config
+from diffusers_cl.names import dataset_name
+from diffusers_cl.output import check_output_dir, write_status
 from diffusers_cl.pipeline import ClassConditionalPipeline, from_uint8
+from diffusers_cl.plots import format_number
+from diffusers_cl.publish import BackgroundPush
 from diffusers_cl.randomness import derive_seed
 from diffusers_cl.record import RunRecord
 from diffusers_cl.replay import replay_weights
-from diffusers_cl.replay_images import MEMORY_NAME, extend_memory, replay_images_for_task
-from diffusers_cl.report import key_table, write_report
+from diffusers_cl.replay_images import extend_memory, replay_images_for_task
+from diffusers_cl.report import write_report
 from diffusers_cl.sampling import image_grid, sample_images
+from diffusers_cl.start import Start, check_start, copy_start, extend_stream, load_start
 from diffusers_cl.starvation import PenaltyShare
+from diffusers_cl.task_repos import check_hub_access, task_repo_id
 from diffusers_cl.tasks import StepBatches, TaskImages, keep_batch, resolve_tasks
 
 
@@ -71,42 +70,25 @@ logger = get_logger(__name__, log_level="INFO")
 warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated", category=FutureWarning)
 
 
-def check_output_dir(config: TrainingConfig) -> None:
-    """Raises `ConfigError` unless the folder is empty, holds this very run, or may be overwritten."""
-    output_dir = Path(config.output_dir)
-    existing = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise ConfigError(f"output_dir is {output_dir}, but {existing} is not a folder that can be written to")
-    checkpoint = config.resume_from_checkpoint
-    if checkpoint is not None and Path(checkpoint).resolve().parent != output_dir.resolve():
-        raise ConfigError(
-            f"resume_from_checkpoint is {checkpoint!r}; allowed: a checkpoint in output_dir ({output_dir})"
-        )
-    if not output_dir.exists() or not any(output_dir.iterdir()):
-        return
-    try:
-        found = yaml.safe_load((output_dir / "config.yaml").read_text())
-        if not isinstance(found, dict) or not {"output_dir", "penalty", "replay"} <= found.keys():
-            raise yaml.YAMLError("not the configuration of a run")
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(
-            f"output_dir: {output_dir} holds files that are not a run's; allowed: a new folder"
-        ) from error
-    if config.overwrite_output_dir:
-        return
-    for key, value in asdict(config).items():
-        if key not in OPERATIONAL_KEYS and found.get(key) != value:
-            raise ConfigError(
-                f"output_dir: {output_dir} holds a run with {key} = {found.get(key)!r}, this one has {value!r}."
-                " Give another output_dir, or overwrite_output_dir to start over"
-            )
+def finish_push(push: BackgroundPush | None, timeout: float) -> None:
+    """Waits for what is still being pushed; raises `PushPendingError` if that takes too long or fails."""
+    if push is not None and (pending := push.finish(timeout)):
+        raise PushPendingError(f"{'; '.join(pending)}. The same command, or scripts/push.py, pushes what is missing")
 
 
-def main(config: TrainingConfig) -> None:
-    """Runs the stream that a configuration describes, from where the run in `output_dir` stands."""
+def main(config: TrainingConfig, start: Start | None = None) -> None:
+    """Runs the stream that a configuration describes, after the task `start`, from where the run in `output_dir` stands."""
     output_dir = Path(config.output_dir)
     check_output_dir(config)
-    unet_config = load_unet_config(config)
+    if start is not None:
+        check_start(start, config)
+    unet_config = load_unet_config(config, start and start.folder)
+    # Before anything is trained that could not be pushed.
+    hub_model_id = None
+    if config.push_to_hub and int(os.environ.get("RANK", 0)) == 0:
+        name = config.hub_model_id or output_dir.resolve().name
+        first_own_task = 0 if start is None else start.task + 1
+        hub_model_id = check_hub_access(name, config.hub_token, config.hub_private_repo, first_own_task)
     if config.report_to == "wandb" and not is_wandb_available():
         raise ConfigError("report_to is 'wandb', which is not installed; allowed here: tensorboard, none")
 
@@ -146,13 +128,14 @@ def main(config: TrainingConfig) -> None:
 
     # Get the datasets, and the classes of every task. A class keeps the id of its place in the stream.
     with accelerator.local_main_process_first():
-        train_split, test_split = load_splits(config)
+        train_split, test_split = load_splits(config, start and unet_config["in_channels"])
         tasks = resolve_tasks(config, train_split, test_split)
-    class_names = [name for names in tasks for name in names]
-    class_ids = {name: class_id for class_id, name in enumerate(class_names)}
+    class_ids = {name: class_id for class_id, name in enumerate(name for names in tasks for name in names)}
+    if start is not None:
+        tasks, class_ids = extend_stream(start, tasks, config)
     # One training phase a task; a joint run has one for all of them.
     if config.stream == "joint":
-        phases, num_tasks_seen = [class_names], [len(tasks)]
+        phases, num_tasks_seen = [list(class_ids)], [len(tasks)]
     else:
         phases, num_tasks_seen = tasks, list(range(1, len(tasks) + 1))
     if config.stream == "cumulative":
@@ -160,12 +143,14 @@ def main(config: TrainingConfig) -> None:
 
     # The extractor is there before training starts, or the run stops here.
     with accelerator.local_main_process_first():
-        extractor = resolve_feature_extractor(config, train_split, class_names, device, quiet)
-    evaluation = Evaluation(test_split, tasks, class_ids, extractor, config)
+        evaluation = create_evaluation(config, start, train_split, test_split, tasks, class_ids, device, quiet)
 
     # Initialize the model and the noise scheduler
-    unet = create_unet(unet_config, train_split.channels, class_names, config).to(device)
+    min_rows = unet_config["num_class_embeds"] if start else 0
+    unet = create_unet(unet_config, train_split.channels, class_ids, config, min_rows).to(device)
     noise_scheduler = DDIMScheduler(num_train_timesteps=NUM_TRAIN_TIMESTEPS, prediction_type=config.prediction_type)
+    if start is not None:
+        noise_scheduler = DDIMScheduler.from_pretrained(start.folder, subfolder="scheduler")
     replay, penalty = create_replay(config), create_penalty(config, logger.warning)
 
     # Handle the output folder
@@ -176,36 +161,60 @@ def main(config: TrainingConfig) -> None:
         (output_dir / "samples").mkdir(exist_ok=True)
         if not (output_dir / "config.yaml").exists():
             write_text(output_dir / "config.yaml", to_yaml(config))
+        if start is not None:
+            copy_start(start, output_dir, config.revision)
+            logger.info(f"Going on from {start.model}, whose settings hold where nothing else is given:")
+            logger.info(", ".join(f"{key}: {getattr(config, key)}" for key in start.settings))
     accelerator.wait_for_everyone()
 
     # Potentially go on from a previous run: after its last finished task, or within a task from a checkpoint.
     states = finished_tasks(output_dir)
+    first_task = states[-1]["task"] + 1 if states else 0
     checkpoint = None
     if config.resume_from_checkpoint is not None:
         checkpoint = Path(config.resume_from_checkpoint), read_state(config.resume_from_checkpoint)
-        if checkpoint[1]["task"] > len(states):
+        if checkpoint[1]["task"] > first_task:
             raise CheckpointError(
                 f"{checkpoint[0]} is of task {checkpoint[1]['task']}, whose teacher is not in {output_dir}"
             )
-        states = states[: checkpoint[1]["task"]]
-    elif len(states) < len(phases):
-        checkpoint = newest_checkpoint(output_dir, len(states), logger.warning)
-    first_task = len(states)
-    rows = states[-1]["rows"] if states else []
+        first_task = checkpoint[1]["task"]
+        states = [state for state in states if state["task"] < first_task]
+    elif first_task < len(phases):
+        checkpoint = newest_checkpoint(output_dir, first_task, logger.warning)
+    rows, fisher = (states[-1]["rows"], states[-1]["fisher"]) if states else ([], [])
     global_step = states[-1]["global_step"] if states else 0
     if states:
         previous = task_folder(output_dir, first_task - 1)
-        unet.load_state_dict(load_file(previous / "unet" / SAFETENSORS_WEIGHTS_NAME))
-        if penalty is not None:
-            penalty = type(penalty).from_pretrained(previous / CONSOLIDATION)
+        is_start = start is not None and first_task - 1 == start.task
+        load_weights(unet, previous, list(start.class_ids.values()) if is_start else None)
+        if penalty is not None and not restore_penalty(penalty, previous / CONSOLIDATION, unet):
+            logger.warning(f"{previous} has no penalty: what was learned until then is not held by one")
         logger.info(f"Going on after {previous}")
+
+    # Finished tasks are pushed while the next one trains.
+    push = None
+    if config.push_to_hub and accelerator.is_main_process:
+        push = BackgroundPush(
+            output_dir,
+            hub_model_id,
+            script=Path(__file__).parent / "scripts" / "push.py",
+            token=config.hub_token,
+            private=config.hub_private_repo,
+            revision=config.hub_revision,
+        )
+        push.start()
     if first_task == len(phases):
+        finish_push(push, config.hub_push_timeout)
         accelerator.print(f"{output_dir} is finished. The report is {output_dir / 'report.md'}")
         return
 
     record = RunRecord(output_dir, accelerator)
     if accelerator.is_main_process:
-        scalars = {key: value for key, value in asdict(config).items() if isinstance(value, (int, float, str, bool))}
+        scalars = {
+            key: value
+            for key, value in asdict(config).items()
+            if key not in SECRET_KEYS and isinstance(value, (int, float, str, bool))
+        }
         accelerator.init_trackers("train_continual", config=scalars)
         train_log = open(output_dir / "logs" / "train_log.jsonl", "a", buffering=1)  # noqa: SIM115 (closed at the end)
 
@@ -225,7 +234,7 @@ def main(config: TrainingConfig) -> None:
         )
 
     for task in range(first_task, len(phases)):
-        seen = [name for names in tasks[: num_tasks_seen[task]] for name in names]
+        seen = list(dict.fromkeys(name for names in tasks[: num_tasks_seen[task]] for name in names))
 
         # The model of the previous task is the teacher, and generates what is replayed.
         memory = None
@@ -233,7 +242,11 @@ def main(config: TrainingConfig) -> None:
             with record.phase("replay"):
                 # Real images need none.
                 teacher = None if replay.source == "memory" else copy.deepcopy(unet).eval().requires_grad_(False)
-                earlier = [[class_ids[name] for name in names] for names in tasks[:task]]
+                # A class that was learned twice is replayed once.
+                known = {name: learned for learned in reversed(range(task)) for name in tasks[learned]}
+                earlier = [
+                    [class_ids[n] for n in names if known[n] == learned] for learned, names in enumerate(tasks[:task])
+                ]
                 if replay.source == "generated":
                     images, class_labels, num_generated = replay_images_for_task(
                         output_dir,
@@ -249,6 +262,7 @@ def main(config: TrainingConfig) -> None:
                         ),
                         accelerator,
                         logger.warning,
+                        none_kept=start is not None and task == start.task + 1,
                     )
                     record.content["images"]["generated"] += num_generated
                 elif replay.source == "memory":
@@ -491,6 +505,7 @@ def main(config: TrainingConfig) -> None:
                 except FloatingPointError as error:
                     raise NonFiniteError(f"task {task}: {error}") from error
 
+        fisher = [*fisher, penalty and penalty.summary()[-1]]
         with record.phase("evaluate"):
             sample = sampler(unet, config.eval_num_inference_steps, config.eval_batch_size, f"Task {task}: evaluating")
             row, first_images = evaluation(sample, num_tasks_seen[task])
@@ -502,12 +517,13 @@ def main(config: TrainingConfig) -> None:
                 "tasks": tasks,
                 "stream": config.stream,
                 **evaluation.report(rows),
-                "fisher": [None] * len(rows) if penalty is None else penalty.summary(),
+                "fisher": fisher,
                 "config": {key: value for key, value in asdict(config).items() if key not in OPERATIONAL_KEYS},
             }
             for name, metric in metrics["metrics"].items():
-                logger.info(f"Task {task}: {name} " + ", ".join(f"{value:.4g}" for value in metric["matrix"][-1]))
-                accelerator.log({f"eval/{name}": metric["average"][-1]}, step=global_step)
+                logger.info(f"Task {task}: {name} " + ", ".join(map(format_number, metric["matrix"][-1])))
+                if metric["average"][-1] is not None:
+                    accelerator.log({f"eval/{name}": metric["average"][-1]}, step=global_step)
 
         # The task folder comes last: once it is there, the task is finished.
         with record.phase("publish"):
@@ -518,7 +534,7 @@ def main(config: TrainingConfig) -> None:
                 grid.save(output_dir / "samples" / f"{folder.name}.png")
                 if task == len(phases) - 1:
                     (output_dir / "plots").mkdir(exist_ok=True)
-                    nearest = nearest_training_images(first_images, columns, seen[:20], train_split)
+                    nearest = nearest_training_images(first_images, columns, seen, train_split)
                     image_grid(nearest, columns).save(output_dir / "plots" / "nearest.png")
                 if config.report_to == "tensorboard":
                     tracker = accelerator.get_tracker("tensorboard")
@@ -547,12 +563,20 @@ def main(config: TrainingConfig) -> None:
                     "class_ids": class_ids,
                     "seen_classes": seen,
                     "global_step": global_step,
-                    "lineage": {"previous": task_folder(output_dir, task - 1).name if task > 0 else None},
+                    "dataset": dataset_name(asdict(config)),
+                    "lineage": {"previous": previous_model(task, start, hub_model_id)},
                     "rows": rows,
-                    "fisher": metrics["fisher"],
+                    "fisher": fisher,
+                    "floor": metrics["floor"],
+                    "feature_extractor_info": metrics["feature_extractor_info"],
                 }
+                repo_id = hub_model_id and task_repo_id(hub_model_id, task)
                 pipeline = ClassConditionalPipeline(unet, noise_scheduler, {class_ids[name]: name for name in seen})
-                write_task_folder(output_dir, pipeline, penalty, memory, state, grid, config, key_table(metrics))
+                write_task_folder(
+                    output_dir, pipeline, penalty, memory, evaluation, state, grid, config, metrics, repo_id
+                )
+                if push is not None:
+                    push.start()
             accelerator.wait_for_everyone()
 
     if accelerator.is_main_process:
@@ -560,15 +584,7 @@ def main(config: TrainingConfig) -> None:
         train_log.close()
     accelerator.print(f"Done. The report is {output_dir / 'report.md'}")
     accelerator.end_training()
-
-
-def write_status(output_dir: Path, exit_code: int, message: str) -> None:
-    """Writes `status.json`: how the run ended, and the command to go on. Only into a folder that is a run's."""
-    if (output_dir / "config.yaml").exists() and int(os.environ.get("RANK", 0)) == 0:
-        # Going on is not starting over.
-        arguments = [argument for argument in sys.argv if not argument.startswith("--overwrite_output_dir")]
-        command = f"accelerate launch {shlex.join(arguments)}"
-        write_json(output_dir / "status.json", {"exit_code": exit_code, "message": message, "command": command})
+    finish_push(push, config.hub_push_timeout)
 
 
 def run(arguments: list[str] | None = None) -> int:
@@ -577,8 +593,10 @@ def run(arguments: list[str] | None = None) -> int:
     try:
         config = parse_config(arguments)
         output_dir = Path(config.output_dir)
+        if (start := load_start(config)) is not None:
+            config = parse_config(arguments, inherited=start.settings)
         try:
-            main(config)
+            main(config, start)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
                 raise

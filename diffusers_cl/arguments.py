@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
-from .config import TrainingConfig, validate
+from .config import SECRET_KEYS, TrainingConfig, validate
 from .errors import ConfigError, first_line
 
 
@@ -35,9 +35,13 @@ def _check_keys(keys: list[str], where: str) -> None:
             raise ConfigError(f"{where}: unknown key {key!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
 
 
-def parse_config(arguments: list[str] | None = None) -> TrainingConfig:
+def parse_config(arguments: list[str] | None = None, inherited: dict | None = None) -> TrainingConfig:
     """
     Returns the validated configuration of a command line: `--config FILE ...` in the order given, then `--key value`.
+
+    Args:
+        arguments (list of `str`, *optional*): the process's by default.
+        inherited (`dict`, *optional*): values in place of the defaults, for keys that nothing sets.
 
     Raises:
         ConfigError: unknown key, wrong type or impossible combination, naming the key and what is allowed.
@@ -68,6 +72,7 @@ def parse_config(arguments: list[str] | None = None) -> TrainingConfig:
     parser = _Parser(prog="train_continual.py", description=about, exit_on_error=False, print_config=None)
     parser.add_argument("--config", action="config", help="a YAML file; may be repeated, a later one wins")
     parser.add_class_arguments(TrainingConfig, as_group=False)
+    parser.set_defaults(inherited or {})
     try:
         namespace = parser.parse_args([part for file in files for part in ("--config", file)] + rest)
     except ArgumentError as error:
@@ -78,5 +83,6 @@ def parse_config(arguments: list[str] | None = None) -> TrainingConfig:
 
 
 def to_yaml(config: TrainingConfig) -> str:
-    """Returns the configuration as YAML, in the order of the dataclass."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+    """Returns the configuration as YAML, in the order of the dataclass, without what is secret."""
+    content = {key: value for key, value in dataclasses.asdict(config).items() if key not in SECRET_KEYS}
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)

@@ -20,7 +20,15 @@ OPERATIONAL_KEYS = (
     "logging_dir",
     "cache_dir",
     "dataloader_num_workers",
+    "push_to_hub",
+    "hub_model_id",
+    "hub_private_repo",
+    "hub_token",
+    "hub_revision",
+    "hub_push_timeout",
 )
+# Never written anywhere.
+SECRET_KEYS = ("hub_token",)
 NUM_TRAIN_TIMESTEPS = 1000
 
 
@@ -108,6 +116,13 @@ class TrainingConfig:
     """Also measure the trace, the direction's share of it and the curvature along it."""
 
     # Model
+    pretrained_model_name_or_path: str | None = None
+    """Go on from this task: a Hub repo or a task folder. Its method, training and evaluation settings hold where nothing
+    else is given."""
+    revision: str | None = None
+    """Branch, tag or commit of that repo."""
+    allow_known_classes: bool = False
+    """Let new data have classes that the model knows already, to refine them."""
     model_config_name_or_path: str | None = None
     """A `UNet2DModel` config (JSON file, folder or Hub id); by default the paper's network (37 M parameters). The script
     sets sample_size, in_channels, out_channels and num_class_embeds."""
@@ -175,6 +190,20 @@ class TrainingConfig:
     license: str = "apache-2.0"
     """License of the published models, for their cards."""
 
+    # Hub
+    push_to_hub: bool = False
+    """Publish every finished task as a model repo, while the next one trains."""
+    hub_model_id: str | None = None
+    """Name of the repos, to which `-task-00`, ... is added; by default that of `output_dir`."""
+    hub_private_repo: bool | None = None
+    """Make the repos private; by default as the account has it."""
+    hub_token: str | None = None
+    """A write token; by default that of `hf auth login`. It is never written to a file."""
+    hub_revision: str | None = None
+    """Branch to push to; by default the main one."""
+    hub_push_timeout: float = 300.0
+    """Seconds to wait at the end for what is not pushed yet; then the run ends with exit code 8."""
+
     # Evaluation
     eval_images_per_class: int | None = None
     """Cap on test images a class, and so on generated ones; by default as many as the test split has."""
@@ -185,6 +214,8 @@ class TrainingConfig:
     feature_extractor: str = "inception"
     """`inception` (FID, KID), `classifier` (a small CNN trained here on the real training split: fd_classifier,
     accuracy), or a transformers image classifier (Hub id or folder)."""
+    eval_classifier: str | None = None
+    """A transformers image classifier (Hub id or folder) for accuracy, in place of the feature extractor's own."""
     feature_extractor_weights_path: str | None = None
     """Inception weights that are already on this machine (torch-fidelity's file)."""
 
@@ -213,9 +244,12 @@ def validate(config: TrainingConfig) -> None:
         # All whole numbers count something, but for these three.
         if field.type in (int, int | None) and field.name not in ("seed", "lr_warmup_steps", "dataloader_num_workers"):
             require(value is None or value >= 1, field.name, "whole numbers from 1")
+    goes_on = config.pretrained_model_name_or_path is not None
     for one, other in (("dataset_name", "train_data_dir"), ("tasks", "classes_per_task")):
         first, second = getattr(config, one), getattr(config, other)
-        if (first is None) == (second is None):
+        # A stream that goes on learns all new classes at once, if nothing is said.
+        none_needed = goes_on and one == "tasks" and first is None
+        if (first is None) == (second is None) and not none_needed:
             both = f"{one} ({first!r}) and {other} ({second!r})"
             raise ConfigError(f"give exactly one of {both}; null takes back a preset's")
     if config.tasks is not None:
@@ -225,6 +259,13 @@ def validate(config: TrainingConfig) -> None:
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ConfigError(f"tasks: the class {twice[0]!r} stands in more than one place, but belongs to one task")
+    if goes_on:
+        allowed = f"'sequential' when going on from {config.pretrained_model_name_or_path}, without its data"
+        require(config.stream == "sequential", "stream", allowed)
+        require(config.model_config_name_or_path is None, "model_config_name_or_path", "null: the model is there")
+    for key in ("revision", "allow_known_classes"):
+        require(goes_on or not getattr(config, key), key, "nothing without pretrained_model_name_or_path")
+    require(config.push_to_hub or config.hub_model_id is None, "hub_model_id", "null without push_to_hub")
     if config.stream != "sequential":
         allowed = f"'none' with stream: {config.stream}, which has the real data"
         require(config.replay == "none", "replay", allowed)
@@ -232,7 +273,8 @@ def validate(config: TrainingConfig) -> None:
     if (steps := config.max_train_steps) is not None:
         fewest = min(steps if isinstance(steps, list) else [steps], default=0)
         require(fewest >= 1, "max_train_steps", "whole numbers from 1, at least one")
-    for key in ("learning_rate", "adam_epsilon", "max_grad_norm", "distillation_weight", "ema_inv_gamma", "ema_power"):
+    positive = "learning_rate adam_epsilon max_grad_norm distillation_weight ema_inv_gamma ema_power hub_push_timeout"
+    for key in positive.split():
         require(getattr(config, key) is None or getattr(config, key) > 0, key, "positive numbers")
     for key in ("adam_beta1", "adam_beta2", "ema_max_decay"):
         require(0 <= getattr(config, key) < 1, key, "[0, 1)")

@@ -176,9 +176,13 @@ def _holdout(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return np.flatnonzero(~held), np.flatnonzero(held)
 
 
-def load_splits(config: TrainingConfig) -> tuple[ImageSplit, ImageSplit]:
+def load_splits(config: TrainingConfig, channels: int | None = None) -> tuple[ImageSplit, ImageSplit]:
     """
     Returns the training split and the split to evaluate on.
+
+    Args:
+        config ([`TrainingConfig`]).
+        channels (`int`, *optional*): 1 or 3, of the images that the model sees; by default as the first one has it.
 
     Raises:
         DataError: dataset, split or column missing, with what there is.
@@ -211,6 +215,7 @@ def load_splits(config: TrainingConfig) -> tuple[ImageSplit, ImageSplit]:
         features, config.label_column, "label_column", ["label", "fine_label"], datasets.ClassLabel
     )
     train = _split(loaded[config.train_split], config.train_split, image_column, label_column, config)
+    train.channels = channels or (1 if train.is_greyscale() else 3)
     if eval_split is not None:
         test = _split(loaded[eval_split], eval_split, image_column, label_column, config, train)
     else:
@@ -234,7 +239,8 @@ def _split(dataset, name: str, image_column: str, label_column: str, config: Tra
     split = ImageSplit(
         dataset, image_column, name, labels, names, config.resolution, config.resize_mode, 3, np.arange(len(dataset))
     )
-    split.channels = train.channels if train else 1 if split.is_greyscale() else 3
+    if train is not None:
+        split.channels = train.channels
     return split
 
 

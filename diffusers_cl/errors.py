@@ -40,3 +40,9 @@ class StorageError(RunError):
     """Files could not be written."""
 
     exit_code = 6
+
+
+class PushPendingError(RunError):
+    """All is done but the push of some task folders: they stay, and scripts/push.py pushes them later."""
+
+    exit_code = 8

@@ -5,22 +5,27 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from . import metrics
 from .config import TrainingConfig
 from .data import ImageSplit, cap_per_class
 from .errors import DataError
-from .features import FeatureExtractor
-from .metrics import accuracy_by_class, floor, summarize, task_metrics
+from .features import FeatureExtractor, load_classifier, load_extractor, resolve_feature_extractor
+from .folders import CONSOLIDATION
+from .references import References
 from .report import HIGHER_IS_BETTER
+from .start import Start
 
 
 # Images a class in a sample grid, and the most classes that it shows.
 GRID_COLUMNS = 10
 MAX_GRID_ROWS = 100
+MAX_NEAREST_ROWS = 20
 
 
 class Evaluation:
     """
-    Measures models on the held-out images of every task. Real features are extracted once.
+    Measures models on the held-out images of every task. Real features are extracted once; of tasks whose images are not
+    here, their [`References`] take their place, which leaves recall and kernel distance unknown.
 
     Args:
         test ([`ImageSplit`]): the held-out images.
@@ -28,6 +33,9 @@ class Evaluation:
         class_ids (`dict[str, int]`): the model's id of every class.
         extractor ([`FeatureExtractor`]).
         config ([`TrainingConfig`]): `eval_images_per_class`.
+        references ([`References`], *optional*): of the first tasks, in a stream that goes on.
+        floor (`dict`, *optional*): theirs.
+        classifier ([`FeatureExtractor`], *optional*): recognises images in the extractor's place.
     """
 
     def __init__(
@@ -37,11 +45,23 @@ class Evaluation:
         class_ids: dict[str, int],
         extractor: FeatureExtractor,
         config: TrainingConfig,
+        references: References | None = None,
+        floor: dict | None = None,
+        classifier: FeatureExtractor | None = None,
     ):
-        self.tasks, self.class_ids, self.extractor = tasks, class_ids, extractor
-        self.labels: list[list[str]] = []
-        self.real: list[tuple] = []
-        for names in tasks:
+        self.tasks, self.class_ids, self.extractor, self.classifier = tasks, class_ids, extractor, classifier
+        self.references = references or References()
+        num_kept = len(self.references)
+        self.labels = [
+            [name for name, count in labels.items() for _ in range(count)] for labels in self.references.labels
+        ]
+        # What distances are taken to, and the classes that real images are taken for (`None`: not known).
+        self.real: list = [self.references.of_task(task) for task in range(num_kept)]
+        self.recognised = [
+            found and classifier is None and [name for name, count in found.items() for _ in range(count)]
+            for found in self.references.predicted
+        ]
+        for names in tasks[num_kept:]:
             split = cap_per_class(test, names, config.eval_images_per_class)
             if (np.bincount(split.labels) // 2).sum() < 2:
                 raise DataError(
@@ -49,16 +69,35 @@ class Evaluation:
                     " two halves that have equally many of every class (eval_images_per_class, eval_split)"
                 )
             self.labels.append([split.names[label] for label in split.labels])
-            self.real.append(extractor(split.decode(range(len(split.labels)))))
+            images = split.decode(range(len(split.labels)))
+            features, predictions = extractor(images)
+            self.references.append(features, self.labels[-1], predictions)
+            self.real.append(features)
+            self.recognised.append(predictions if classifier is None else classifier(images)[1])
+        new = slice(num_kept, None)
         self.info = dict(extractor.info)
-        if extractor.class_names is not None:
+        if self.classes is not None and any(known := [self._recognises(task) for task in range(len(tasks))][new]):
             pairs = [
                 pair
-                for names, (_, found) in zip(self.labels, self.real, strict=True)
+                for names, found, is_known in zip(self.labels[new], self.recognised[new], known, strict=True)
                 for pair in zip(names, found, strict=True)
+                if is_known
             ]
             self.info["test_accuracy"] = sum(name == predicted for name, predicted in pairs) / len(pairs)
-        self.floor = floor([features for features, _ in self.real], self.labels, extractor.name)
+        if classifier is not None:
+            self.info["eval_classifier"] = classifier.info
+        self.floor = metrics.floor(self.real[new], self.labels[new], extractor.name)
+        if num_kept:
+            self.floor = metrics.extend_floor(floor, num_kept, self.floor)
+
+    @property
+    def classes(self) -> list[str] | None:
+        """The classes that predictions are among, `None` where nothing recognises."""
+        return (self.classifier or self.extractor).class_names
+
+    def _recognises(self, task: int) -> bool:
+        """Whether what recognises has learned all classes of a task."""
+        return set(self.labels[task]) <= set((self.classifier or self.extractor).known_classes)
 
     def __call__(
         self, sample: Callable[[list[int], list[tuple]], torch.Tensor], num_tasks: int
@@ -73,8 +112,9 @@ class Evaluation:
             num_tasks (`int`): the tasks that the model has seen, from the first.
 
         Returns:
-            `{"metrics": {name: [on task 0, 1, ...]}, "class_accuracy": {...} or None, "num_images": [...]}`, and images
-            of shape `(classes * columns, channels, height, width)` for [`sampling.image_grid`].
+            `{"metrics": {name: [on task 0, 1, ...]}, "class_accuracy": {...} or None, "num_images": [...]}`, in which
+            what could not be measured is `None`, and images of shape `(classes * columns, channels, height, width)` for
+            [`sampling.image_grid`].
         """
         labels = [name for task in self.labels[:num_tasks] for name in task]
         counts: dict[str, int] = {}
@@ -84,21 +124,22 @@ class Evaluation:
             counts[name] += 1
         images = sample([self.class_ids[name] for name in labels], keys)
 
-        rows: dict[str, list[float]] = {}
+        rows: dict[str, list[float | None]] = {}
+        class_accuracy: dict[str, float] = {}
         features, predictions = self.extractor(images)
+        if self.classifier is not None:
+            predictions = self.classifier(images)[1]
         start = 0
         for task in range(num_tasks):
             part = slice(start, start := start + len(self.labels[task]))
-            real, real_predictions = self.real[task]
-            values = task_metrics(
-                features[part],
-                real,
-                self.extractor.name,
-                predictions and predictions[part],
-                real_predictions,
-                self.extractor.class_names,
-                labels[part],
-            )
+            values = metrics.task_metrics(features[part], self.real[task], self.extractor.name)
+            if self.classes is not None:
+                values |= {"accuracy": None, "kld": None}
+                if self._recognises(task):
+                    found, real = predictions[part], self.recognised[task]
+                    values["accuracy"] = metrics.accuracy(found, labels[part])
+                    values["kld"] = metrics.kl_divergence(found, real, self.classes) if real else None
+                    class_accuracy |= metrics.accuracy_by_class(found, labels[part])
             for name, value in values.items():
                 rows.setdefault(name, []).append(value)
 
@@ -106,25 +147,58 @@ class Evaluation:
         first = [i for i, (_, _, index) in enumerate(keys) if index < columns]
         row = {
             "metrics": rows,
-            "class_accuracy": accuracy_by_class(predictions, labels) if predictions else None,
+            "class_accuracy": class_accuracy if self.classes is not None else None,
             "num_images": [len(task) for task in self.labels[:num_tasks]],
         }
         return row, images[first[: MAX_GRID_ROWS * columns]]
 
     def report(self, rows: list[dict]) -> dict:
         """Returns what `metrics.json` says of the metric rows of the models so far."""
-        metrics = {
-            name: summarize([row["metrics"][name] for row in rows], name in HIGHER_IS_BETTER)
-            for name in rows[0]["metrics"]
+        # A stream that goes on may be measured in more ways than before.
+        names = list(dict.fromkeys(name for row in reversed(rows) for name in row["metrics"]))
+        matrices = {
+            name: [row["metrics"].get(name, [None] * len(row["num_images"])) for row in rows] for name in names
         }
         return {
             "feature_extractor": self.extractor.name,
             "feature_extractor_info": self.info,
             "num_images": [row["num_images"] for row in rows],
             "floor": self.floor,
-            "metrics": metrics,
+            "metrics": {
+                name: metrics.summarize(matrix, name in HIGHER_IS_BETTER) for name, matrix in matrices.items()
+            },
             "class_accuracy": [row["class_accuracy"] for row in rows],
         }
+
+
+def create_evaluation(
+    config: TrainingConfig,
+    start: Start | None,
+    train: ImageSplit,
+    test: ImageSplit,
+    tasks: list[list[str]],
+    class_ids: dict[str, int],
+    device: torch.device,
+    quiet: bool,
+) -> Evaluation:
+    """
+    Returns the [`Evaluation`] of a run, with the extractor that its configuration names or, where it goes on from a task,
+    the one that this was measured with, and its references.
+
+    Raises:
+        DataError: when an extractor cannot be had, or there are too few test images.
+        CheckpointError: when the task's files do not fit.
+    """
+    classifier = None
+    if config.eval_classifier is not None:
+        classifier = load_classifier("eval_classifier", config.eval_classifier, list(class_ids), device)
+    if start is None:
+        extractor = resolve_feature_extractor(config, train, list(class_ids), device, quiet)
+        return Evaluation(test, tasks, class_ids, extractor, config, classifier=classifier)
+    kept = start.folder / CONSOLIDATION
+    extractor = load_extractor(kept, start.state["feature_extractor_info"], config, device)
+    references = References.load(kept).first(start.task + 1)
+    return Evaluation(test, tasks, class_ids, extractor, config, references, start.state["floor"], classifier)
 
 
 def nearest_training_images(
@@ -132,7 +206,8 @@ def nearest_training_images(
 ) -> torch.Tensor:
     """
     Returns, for a sample grid, rows of generated images and below each row the nearest training images of that class
-    (Euclidean distance of pixels): copies would show as equal pairs.
+    (Euclidean distance of pixels): copies would show as equal pairs. At most `MAX_NEAREST_ROWS` classes, of those that the
+    training split has.
 
     Args:
         samples (`torch.Tensor` of shape `(classes * columns, channels, height, width)`): uint8.
@@ -140,7 +215,8 @@ def nearest_training_images(
         train ([`ImageSplit`]): the real training split.
     """
     result = []
-    for row, name in zip(samples.split(columns), class_names, strict=False):
+    rows = [pair for pair in zip(samples.split(columns), class_names, strict=False) if pair[1] in train.names]
+    for row, name in rows[:MAX_NEAREST_ROWS]:
         real = train.decode(train.rows_of([name]))
         distances = torch.cdist(row.flatten(1).float(), real.flatten(1).float())
         result += [row, real[distances.argmin(dim=1)]]

@@ -10,6 +10,7 @@ penalty.consolidate(unet, losses, batches)   # after a task
 or, decoupled from the optimizer: `penalty.step(unet, lr)` after `optimizer.step()`. `unet` is the unwrapped module.
 """
 
+import json
 import warnings
 from pathlib import Path
 
@@ -92,7 +93,8 @@ class _Penalty:
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Writes `ewc.safetensors` into a folder."""
         Path(save_directory).mkdir(parents=True, exist_ok=True)
-        metadata = {"format": "pt", "penalty": self.kind, "ewc_lambda": str(self.ewc_lambda)}
+        # One entry: of several the order is left to chance, and equal states are to be equal files.
+        metadata = {"penalty": json.dumps({"kind": self.kind, "ewc_lambda": self.ewc_lambda})}
         save_file(self.state_dict(), Path(save_directory) / WEIGHTS_NAME, metadata=metadata)
 
     @classmethod
@@ -104,12 +106,11 @@ class _Penalty:
             ValueError: when the file holds another kind of penalty.
         """
         with safe_open(Path(pretrained_model_path) / WEIGHTS_NAME, framework="pt") as file:
-            metadata = file.metadata() or {}
+            found = json.loads((file.metadata() or {})["penalty"])
             state_dict = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-        if metadata.get("penalty") != cls.kind:
-            raise ValueError(f"{pretrained_model_path} holds penalty {metadata.get('penalty')!r}, not {cls.kind!r}")
-        ewc_lambda = metadata["ewc_lambda"]
-        penalty = cls(ewc_lambda if ewc_lambda.endswith("auto") else float(ewc_lambda))
+        if found["kind"] != cls.kind:
+            raise ValueError(f"{pretrained_model_path} holds penalty {found['kind']!r}, not {cls.kind!r}")
+        penalty = cls(found["ewc_lambda"])
         penalty.load_state_dict(state_dict)
         return penalty
 

@@ -10,65 +10,30 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from huggingface_hub import constants
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from tqdm.auto import tqdm
 
+from .classifier import (
+    CLASSIFIER_BATCH_SIZE,
+    CLASSIFIER_LEARNING_RATE,
+    CLASSIFIER_SEED,
+    CLASSIFIER_STEPS,
+    NUM_FEATURES,
+    SmallClassifier,
+    train_classifier,
+    weights_digest,
+)
 from .config import TrainingConfig
 from .data import ImageSplit
-from .errors import DataError, first_line
-from .pipeline import from_uint8
-from .randomness import derive_seed
+from .errors import CheckpointError, DataError, first_line
 
 
-# The classifier is part of the measurement, not of the run: it does not depend on the run's seed.
-CLASSIFIER_SEED = 0
-CLASSIFIER_STEPS = 1000
-CLASSIFIER_BATCH_SIZE = 128
-CLASSIFIER_LEARNING_RATE = 2e-3
-NUM_FEATURES = 32
 # Of the digits, so that their distances are measured with one and the same network on every machine.
 ASSETS = Path(__file__).parent / "assets"
 BATCH_SIZE = 256
-
-
-class SmallClassifier(nn.Module):
-    """
-    A convolutional classifier of small images; its features are the `NUM_FEATURES` numbers before the last layer, fewer
-    than there are test images in a task, so that their covariance has full rank, and normalised (LayerNorm), so that
-    distances do not depend on the scale that training happened to give them.
-
-    Args:
-        channels (`int`): 1 or 3.
-        num_classes (`int`).
-        resolution (`int`): decides how often the image is halved, until it is 4 or 5 pixels wide.
-    """
-
-    def __init__(self, channels: int, num_classes: int, resolution: int):
-        super().__init__()
-        layers: list[nn.Module] = []
-        width, size = 32, resolution
-        while True:
-            layers += [nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
-            channels, width = width, min(2 * width, 128)
-            if size < 8:
-                break
-            layers.append(nn.MaxPool2d(2))
-            size //= 2
-        self.body = nn.Sequential(
-            *layers,
-            nn.Flatten(),
-            nn.Dropout(0.2),
-            nn.Linear(channels * size * size, NUM_FEATURES),
-            nn.LayerNorm(NUM_FEATURES, elementwise_affine=False),
-        )
-        self.head = nn.Linear(NUM_FEATURES, num_classes)
-
-    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns features `(batch, NUM_FEATURES)` and logits `(batch, num_classes)` of uint8 images."""
-        features = self.body(from_uint8(images))
-        return features, self.head(F.relu(features))
+# In the consolidation folder of a task.
+EXTRACTOR_NAME = "extractor.safetensors"
 
 
 class FeatureExtractor:
@@ -80,12 +45,15 @@ class FeatureExtractor:
         network (`nn.Module`): maps a uint8 batch to `(features, logits or None)`.
         device (`torch.device`).
         class_names (`list[str]` or `None`): of the logits' columns.
-        info (`dict`): what to record about it.
+        known_classes (`list[str]`, *optional*): those of them that it has learned; by default all.
     """
 
-    def __init__(self, name: str, network: nn.Module, device, class_names: list[str] | None = None, info=None):
+    def __init__(
+        self, name: str, network: nn.Module, device, class_names: list[str] | None = None, known_classes=None
+    ):
+        self.info = {"name": name, "sha256": weights_digest(network)}
         self.name, self.network, self.device = name, network.to(device).eval().requires_grad_(False), device
-        self.class_names, self.info = class_names, {"name": name, **(info or {})}
+        self.class_names, self.known_classes = class_names, known_classes or class_names or []
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> tuple[torch.Tensor, list[str] | None]:
@@ -132,47 +100,6 @@ class _Transformers(nn.Module):
         outputs = self.model.base_model(**inputs)
         pooled = getattr(outputs, "pooler_output", None)
         return (outputs.last_hidden_state[:, 0] if pooled is None else pooled).flatten(1), logits
-
-
-def train_classifier(
-    train: ImageSplit, rows, device, disable_progress_bar: bool = False, seed: int = CLASSIFIER_SEED
-) -> SmallClassifier:
-    """
-    Returns a [`SmallClassifier`] trained on real images, always in the same way: the seed is fixed, the global random
-    state is put back.
-
-    Args:
-        train ([`ImageSplit`]): the real training split.
-        rows (`np.ndarray`): the rows whose classes are in the stream.
-        seed (`int`, *optional*): of its weights and batches. Every measurement of a run uses the default: distances on the
-            features of another seed are not to be compared with these.
-    """
-    labels = torch.from_numpy(train.labels)
-    with torch.random.fork_rng(devices=[device] if torch.device(device).type == "cuda" else []):
-        torch.manual_seed(derive_seed(seed, "classifier"))
-        classifier = SmallClassifier(train.channels, len(train.names), train.resolution).to(device)
-        optimizer = torch.optim.AdamW(classifier.parameters(), lr=CLASSIFIER_LEARNING_RATE, weight_decay=1e-2)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, CLASSIFIER_LEARNING_RATE, CLASSIFIER_STEPS)
-        # Small sets are decoded once, large ones batch by batch.
-        fits = len(rows) * train.channels * train.resolution**2 <= 2**30
-        cached = train.decode(rows) if fits else None
-        for _ in tqdm(
-            range(CLASSIFIER_STEPS), desc="Training the classifier", disable=disable_progress_bar, leave=False
-        ):
-            positions = torch.randint(len(rows), (min(CLASSIFIER_BATCH_SIZE, len(rows)),))
-            images = cached[positions] if fits else train.decode(rows[positions.numpy()])
-            _, logits = classifier(images.to(device))
-            loss = F.cross_entropy(logits, labels[rows[positions.numpy()]].to(device), label_smoothing=0.05)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-    return classifier
-
-
-def weights_digest(network: nn.Module) -> str:
-    """Returns the sha256 of a network's weights, on the CPU, by which results name it."""
-    return hashlib.sha256(b"".join(t.numpy().tobytes() for t in network.state_dict().values())).hexdigest()
 
 
 def _key(recipe: dict) -> str:
@@ -222,26 +149,92 @@ def resolve_feature_extractor(
     """
     if config.feature_extractor == "classifier":
         network = _classifier(config, train, class_names, device, quiet)
-        return FeatureExtractor("classifier", network, device, train.names, {"sha256": weights_digest(network)})
+        return FeatureExtractor("classifier", network, device, train.names, class_names)
     if config.feature_extractor == "inception":
-        path = config.feature_extractor_weights_path
-        try:
-            if path is not None:
-                # torch-fidelity unpickles the file; this refuses anything in it but tensors.
-                torch.load(path, map_location="cpu", weights_only=True)
-            with contextlib.redirect_stdout(None):
-                return FeatureExtractor("inception", _Inception(path), device)
-        except (OSError, urllib.error.URLError, pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
-            raise DataError(
-                f"cannot get the Inception weights ({first_line(error)}). Give a file with"
-                " feature_extractor_weights_path, or set feature_extractor: classifier"
-            ) from error
+        return _inception(config.feature_extractor_weights_path, device)
+    return load_classifier("feature_extractor", config.feature_extractor, class_names, device)
+
+
+def _inception(weights_path: str | None, device) -> FeatureExtractor:
     try:
-        network = _Transformers(config.feature_extractor)
+        if weights_path is not None:
+            # torch-fidelity unpickles the file; this refuses anything in it but tensors.
+            torch.load(weights_path, map_location="cpu", weights_only=True)
+        with contextlib.redirect_stdout(None):
+            return FeatureExtractor("inception", _Inception(weights_path), device)
+    except (OSError, urllib.error.URLError, pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
+        raise DataError(
+            f"cannot get the Inception weights ({first_line(error)}). Give a file with"
+            " feature_extractor_weights_path, or set feature_extractor: classifier"
+        ) from error
+
+
+def load_classifier(key: str, name: str, class_names: list[str], device) -> FeatureExtractor:
+    """
+    Returns a transformers image classifier; its predictions count where it knows all of the classes.
+
+    Args:
+        key (`str`): the configuration's, for messages.
+        name (`str`): a Hub id or folder.
+        class_names (`list[str]`): of the stream.
+    """
+    try:
+        network = _Transformers(name)
     except (OSError, ValueError, KeyError) as error:
         raise DataError(
-            f"feature_extractor: cannot load {config.feature_extractor!r}: {first_line(error)}; allowed:"
-            " inception, classifier, a transformers image classifier (Hub id or folder)"
+            f"{key}: cannot load {name!r}: {first_line(error)}; allowed:"
+            f" {'inception, classifier, ' * (key == 'feature_extractor')}a transformers image classifier (Hub id or folder)"
         ) from error
     names = network.class_names if set(class_names) <= set(network.class_names) else None
-    return FeatureExtractor(config.feature_extractor, network, device, names)
+    return FeatureExtractor(name, network, device, names)
+
+
+def save_extractor(extractor: FeatureExtractor, folder: str | Path) -> None:
+    """Writes `extractor.safetensors` into a folder, if it is the small classifier; the others have names to get them by."""
+    if isinstance(extractor.network, SmallClassifier):
+        description = {
+            "channels": extractor.network.channels,
+            "resolution": extractor.network.resolution,
+            "class_names": extractor.class_names,
+            "known_classes": list(extractor.known_classes),
+        }
+        tensors = {name: t.cpu().contiguous() for name, t in extractor.network.state_dict().items()}
+        save_file(tensors, Path(folder) / EXTRACTOR_NAME, {"classifier": json.dumps(description)})
+
+
+def load_extractor(folder: str | Path, info: dict, config: TrainingConfig, device) -> FeatureExtractor:
+    """
+    Returns the extractor that a task folder was measured with.
+
+    Args:
+        folder (`Path`): the task's consolidation folder; the small classifier lies in it.
+        info (`dict`): the extractor's name and sha256 in the task's state.
+        config ([`TrainingConfig`]): where another is found.
+        device (`torch.device`).
+
+    Raises:
+        CheckpointError: when the classifier's file is missing or damaged.
+        DataError: when another extractor cannot be had, or is not the one that the task was measured with.
+    """
+    path = Path(folder) / EXTRACTOR_NAME
+    if info["name"] == "classifier":
+        try:
+            with safe_open(path, framework="pt") as file:
+                description = json.loads((file.metadata() or {})["classifier"])
+            names = description["class_names"]
+            with torch.random.fork_rng(devices=[]):
+                network = SmallClassifier(description["channels"], len(names), description["resolution"])
+            network.load_state_dict(load_file(path))
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            raise CheckpointError(f"{path} cannot be read as a classifier: {first_line(error)}") from error
+        extractor = FeatureExtractor("classifier", network, device, names, description["known_classes"])
+    elif info["name"] == "inception":
+        extractor = _inception(config.feature_extractor_weights_path, device)
+    else:
+        extractor = load_classifier("feature_extractor", config.feature_extractor, [], device)
+    if extractor.info["sha256"] != info["sha256"]:
+        raise DataError(
+            f"feature_extractor: {extractor.name!r} has weights of sha256 {extractor.info['sha256'][:12]}, the old classes"
+            f" were measured with {info['sha256'][:12]}: distances would not compare"
+        )
+    return extractor

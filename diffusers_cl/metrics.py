@@ -1,6 +1,7 @@
 """Distances between real and generated images, and what a stream of tasks makes of them."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,22 +13,35 @@ FLOOR_RESAMPLINGS = 20
 KLD_EPSILON = 1e-8
 
 
-def _statistics(features: torch.Tensor) -> dict:
+class Statistics(NamedTuple):
+    """Mean, of shape `(dimension,)`, and unbiased covariance, `(dimension, dimension)`, of features, in float64."""
+
+    mean: torch.Tensor
+    covariance: torch.Tensor
+
+
+def statistics(features: torch.Tensor) -> Statistics:
+    """Returns what a Frechet distance needs of features of shape `(num_images, dimension)`, by torch-fidelity."""
     from torch_fidelity.metric_fid import fid_features_to_statistics
 
-    return fid_features_to_statistics(features.double())
+    found = fid_features_to_statistics(features.double())
+    return Statistics(torch.from_numpy(found["mu"]), torch.from_numpy(found["sigma"]))
 
 
-def frechet_distance(generated: torch.Tensor, real: torch.Tensor) -> float:
+def frechet_distance(generated: torch.Tensor | Statistics, real: torch.Tensor | Statistics) -> float:
     """
     Returns the Frechet distance of two sets of features (FID, on Inception's), by torch-fidelity.
 
     Args:
-        generated, real (`torch.Tensor` of shape `(num_images, dimension)`): at least two images each.
+        generated, real (`torch.Tensor` of shape `(num_images, dimension)`): at least two images each; or their
+            [`Statistics`].
     """
     from torch_fidelity.metric_fid import fid_statistics_to_metric
 
-    distance = fid_statistics_to_metric(_statistics(generated), _statistics(real), verbose=False)
+    sides = [side if isinstance(side, Statistics) else statistics(side) for side in (generated, real)]
+    distance = fid_statistics_to_metric(
+        *({"mu": side.mean.numpy(), "sigma": side.covariance.numpy()} for side in sides), verbose=False
+    )
     return distance["frechet_inception_distance"]
 
 
@@ -79,34 +93,27 @@ def distance_names(extractor: str) -> tuple[str, str]:
     return f"fd_{kind}", f"kd_{kind}"
 
 
-def task_metrics(
-    generated: torch.Tensor,
-    real: torch.Tensor,
-    extractor: str,
-    predictions: Sequence[str] | None = None,
-    real_predictions: Sequence[str] | None = None,
-    class_names: Sequence[str] | None = None,
-    labels: Sequence[str] | None = None,
-) -> dict[str, float]:
+def task_metrics(generated: torch.Tensor, real: torch.Tensor | Statistics, extractor: str) -> dict[str, float | None]:
     """
-    Returns every metric of one model on one task, by name.
+    Returns the distances of one model on one task and its recall, by name; `None` where statistics do not tell.
 
     Args:
-        generated, real (`torch.Tensor` of shape `(num_images, dimension)`): features.
+        generated (`torch.Tensor` of shape `(num_images, dimension)`): features.
+        real (`torch.Tensor` of the same kind, or [`Statistics`]): of the real images, as far as they are there.
         extractor (`str`): names the distances.
-        predictions, real_predictions, class_names, labels: predicted classes of both sets, all classes, and the classes
-            that the generated images were asked to show; for accuracy and KLD, where the extractor classifies.
     """
     frechet, kernel = distance_names(extractor)
-    metrics = {
+    known = not isinstance(real, Statistics)
+    return {
         frechet: frechet_distance(generated, real),
-        kernel: kernel_distance(generated, real),
-        "recall": recall(generated, real),
+        kernel: kernel_distance(generated, real) if known else None,
+        "recall": recall(generated, real) if known else None,
     }
-    if predictions is not None:
-        metrics["accuracy"] = float(np.mean([p == label for p, label in zip(predictions, labels, strict=True)]))
-        metrics["kld"] = kl_divergence(predictions, real_predictions, class_names)
-    return metrics
+
+
+def accuracy(predictions: Sequence[str], labels: Sequence[str]) -> float:
+    """Returns the share of images whose predicted class is the one that they were asked to show."""
+    return float(np.mean([predicted == label for predicted, label in zip(predictions, labels, strict=True)]))
 
 
 def accuracy_by_class(predictions: Sequence[str], labels: Sequence[str]) -> dict[str, float]:
@@ -117,7 +124,7 @@ def accuracy_by_class(predictions: Sequence[str], labels: Sequence[str]) -> dict
     }
 
 
-def summarize(matrix: Sequence[Sequence[float]], higher_is_better: bool = False) -> dict:
+def summarize(matrix: Sequence[Sequence[float | None]], higher_is_better: bool = False) -> dict:
     """
     Returns the task matrix with average, learning, forgetting and worst task (arXiv 2509.23593, Sec. 4.2).
 
@@ -126,22 +133,27 @@ def summarize(matrix: Sequence[Sequence[float]], higher_is_better: bool = False)
     negative where the model forgot.
 
     Args:
-        matrix: row k holds the metric on tasks 0 .. k after training task k. A single row of several entries is a
-            joint run: it has neither learning nor forgetting.
+        matrix: row k holds the metric on tasks 0 .. k after training task k, `None` where it could not be measured:
+            what that enters is `None` too. A single row of several entries is a joint run: it has neither learning nor
+            forgetting.
         higher_is_better (`bool`): decides which end of the last row is the worst.
     """
     matrix = [list(row) for row in matrix]
     last = matrix[-1]
     joint = len(matrix) == 1 and len(last) > 1
     diagonal = [row[-1] for row in matrix]
+
+    def mean(values: Sequence[float | None]) -> float | None:
+        return None if None in values else float(np.mean(values))
+
+    known = None not in (*last, *diagonal)
+    changes = [end - then for end, then in zip(last, diagonal, strict=True)] if known and not joint else [None]
     return {
         "matrix": matrix,
-        "average": [float(np.mean(row)) for row in matrix],
-        "learning": None if joint else float(np.mean(diagonal)),
-        "forgetting": None
-        if joint
-        else float(np.mean([end - then for end, then in zip(last, diagonal, strict=True)])),
-        "worst": float(min(last) if higher_is_better else max(last)),
+        "average": [mean(row) for row in matrix],
+        "learning": None if joint else mean(diagonal),
+        "forgetting": mean(changes),
+        "worst": None if None in last else float(min(last) if higher_is_better else max(last)),
     }
 
 
@@ -183,5 +195,23 @@ def floor(
             "std": float(np.mean(np.std(values, axis=1))),
             "num_images": [len(pairs[0][0]) for pairs in halves],
             "per_task": [float(np.mean(row)) for row in values],
+        }
+    return result
+
+
+def extend_floor(old: dict[str, dict], num_tasks: int, new: dict[str, dict]) -> dict[str, dict]:
+    """
+    Returns the floor of a stream that goes on: the first tasks' of `old`, then `new`'s, in the form of [`floor`]. The
+    spread, which is kept as an average over tasks, is averaged with the numbers of tasks as weights.
+    """
+    result = {}
+    for name, found in new.items():
+        per_task = old[name]["per_task"][:num_tasks] + found["per_task"]
+        spreads = [old[name]["std"]] * num_tasks + [found["std"]] * len(found["per_task"])
+        result[name] = {
+            "mean": float(np.mean(per_task)),
+            "std": float(np.mean(spreads)),
+            "num_images": old[name]["num_images"][:num_tasks] + found["num_images"],
+            "per_task": per_task,
         }
     return result

@@ -1,11 +1,13 @@
 """The network of a run: the paper's by default, initialised so that the number of classes moves no other weight."""
 
+from pathlib import Path
+
 import torch
 import torch.nn as nn
 from diffusers import UNet2DModel
 
 from .config import TrainingConfig
-from .errors import ConfigError, first_line
+from .errors import CheckpointError, ConfigError, first_line
 from .randomness import derive_seed, generator
 
 
@@ -21,14 +23,20 @@ PAPER_UNET = {
 }
 
 
-def load_unet_config(config: TrainingConfig) -> dict:
+def load_unet_config(config: TrainingConfig, folder: Path | None = None) -> dict:
     """
-    Returns the network's architecture, from `model_config_name_or_path` or the paper's.
+    Returns the network's architecture: that of the task folder that the run goes on from, or else from
+    `model_config_name_or_path`, or else the paper's.
 
     Raises:
         ConfigError: when it cannot be read, or halves the images more often than the resolution divides.
     """
-    if config.model_config_name_or_path is None:
+    if folder is not None:
+        try:
+            unet_config = dict(UNet2DModel.load_config(folder, subfolder="unet"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{folder}/unet/config.json: {first_line(error)}") from error
+    elif config.model_config_name_or_path is None:
         unet_config = dict(PAPER_UNET)
     else:
         try:
@@ -47,7 +55,9 @@ def load_unet_config(config: TrainingConfig) -> dict:
     return unet_config
 
 
-def create_unet(unet_config: dict, channels: int, class_names: list[str], config: TrainingConfig) -> UNet2DModel:
+def create_unet(
+    unet_config: dict, channels: int, class_ids: dict[str, int], config: TrainingConfig, min_rows: int = 0
+) -> UNet2DModel:
     """
     Returns a new `UNet2DModel`, a function of the seed, in which every class has the embedding row that its name gives.
 
@@ -57,8 +67,9 @@ def create_unet(unet_config: dict, channels: int, class_names: list[str], config
     Args:
         unet_config (`dict`): the architecture.
         channels (`int`): of the images.
-        class_names (`list[str]`): the class of row 0, 1, ...
+        class_ids (`dict[str, int]`): the row of every class.
         config ([`TrainingConfig`]): seed, resolution, num_class_embeds.
+        min_rows (`int`): of the class embedding.
     """
     sizes = {"sample_size": config.resolution, "in_channels": channels, "out_channels": channels}
     with torch.random.fork_rng(devices=[]):
@@ -67,9 +78,9 @@ def create_unet(unet_config: dict, channels: int, class_names: list[str], config
             unet = UNet2DModel.from_config({**unet_config, **sizes, "num_class_embeds": 1})
         except (TypeError, ValueError) as error:
             raise ConfigError(f"model_config_name_or_path: {first_line(error)}") from error
-    num_rows = config.num_class_embeds or len(class_names)
+    num_rows = max(config.num_class_embeds or 0, max(class_ids.values()) + 1, min_rows)
     rows = torch.zeros(num_rows, unet.class_embedding.embedding_dim)
-    for row, name in enumerate(class_names):
+    for name, row in class_ids.items():
         rows[row].normal_(generator=generator(config.seed, "class", name))
     unet.class_embedding = nn.Embedding.from_pretrained(rows, freeze=False)
     unet.register_to_config(num_class_embeds=num_rows)

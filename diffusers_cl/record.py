@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 
 from . import __version__
-from .checkpoint import write_json
+from .files import write_json
 
 
 class RunRecord:

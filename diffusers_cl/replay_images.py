@@ -9,15 +9,13 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
-from .checkpoint import publish_folder, verify_folder
 from .errors import CheckpointError
+from .files import publish_folder, verify_folder
 from .randomness import permutation
 from .tasks import TaskImages
 
 
 IMAGES_NAME = "images.safetensors"
-# In the consolidation folder of a task.
-MEMORY_NAME = "memory.safetensors"
 # Images stay on the training device if they take at most this share of what is free there.
 SHARE_OF_FREE_MEMORY = 0.25
 
@@ -48,6 +46,7 @@ def replay_images_for_task(
     sample: Callable[[list[int], list[tuple]], torch.Tensor],
     accelerator: Accelerator,
     warn: Callable[[str], None],
+    none_kept: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
     """
     Returns the replayed images and class ids for a task, and how many images were generated for it now.
@@ -62,6 +61,7 @@ def replay_images_for_task(
             the others as they were (generation over T tasks costs O(T) instead of O(T^2)).
         sample: maps class ids and noise keys to uint8 images, on every process; uses the newest teacher.
         accelerator (`accelerate.Accelerator`), warn: of the run; images go to the accelerator's device if they fit.
+        none_kept (`bool`): the run goes on from a model and has generated nothing yet.
     """
     folder = output_dir / "replay" / f"task-{task:02d}"
     previous = output_dir / "replay" / f"task-{task - 1:02d}"
@@ -72,7 +72,7 @@ def replay_images_for_task(
             return *load_replay_images(folder, accelerator.device), 0
         except CheckpointError as error:
             warn(f"Generating replay again: {error}")
-    keep = refresh == "once" and task > 1
+    keep = refresh == "once" and task > 1 and not none_kept
     new_classes = classes_of_tasks[task - 1] if keep else [c for classes in classes_of_tasks[:task] for c in classes]
     labels = [c for c in new_classes for _ in range(images_per_class)]
     keys = [("replay", task, c, index) for c in new_classes for index in range(images_per_class)]

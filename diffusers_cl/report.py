@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .markup import plain
 from .names import dataset_name, method_name
 from .plots import format_number, plot_curves, plot_heat_map, plot_losses, read_train_log
 
@@ -130,8 +131,8 @@ def _summary(metrics: dict) -> str:
             text += f"; so {format_number(abs(forgetting), scale=now)} {what}, more than the floor's spread"
         if np.min(metrics["num_images"][-1]) < FEW_IMAGES:
             text += f" (with fewer than {FEW_IMAGES} images a task that says little)"
-    if "accuracy" in metrics["metrics"]:
-        accuracy = metrics["metrics"]["accuracy"]["average"][-1]
+    accuracy = metrics["metrics"].get("accuracy", {"average": [None]})["average"][-1]
+    if accuracy is not None:
         text += f"; a classifier trained on real images recognises {accuracy:.0%} of them"
         if "test_accuracy" in metrics.get("feature_extractor_info", {}):
             text += f" (and {metrics['feature_extractor_info']['test_accuracy']:.0%} of the real test images)"
@@ -140,14 +141,14 @@ def _summary(metrics: dict) -> str:
 
 def _class_table(metrics: dict) -> list[str]:
     history = metrics["class_accuracy"]
-    if history[-1] is None:
+    if not history[-1]:
         return []
     rows = []
     for task, classes in enumerate(metrics["tasks"]):
-        for name in (name for name in classes if name in history[-1]):
-            then, now = history[min(task, len(history) - 1)][name], history[-1][name]
-            label = name.replace("|", "\\|")
-            rows.append(f"| {label} | task-{task:02d} | {then:.0%} | {now:.0%} | {round(100 * (now - then)):+d} |")
+        first = history[min(task, len(history) - 1)] or {}
+        for name in (name for name in classes if name in history[-1] and name in first):
+            then, now = first[name], history[-1][name]
+            rows.append(f"| {plain(name)} | task-{task:02d} | {then:.0%} | {now:.0%} | {round(100 * (now - then)):+d} |")
     rows = ["| class | task | when just learned | after the last task | change |", "|---|---|---|---|---|", *rows]
     if len(history[-1]) > MAX_OPEN_CLASSES:
         rows = [f"<details><summary>{len(history[-1])} classes</summary>", "", *rows, "", "</details>"]
@@ -160,7 +161,9 @@ def _fisher_table(metrics: dict) -> list[str]:
     if not columns:
         return []
     lines = [f"| task | {' | '.join(FISHER_COLUMNS[key] for key in columns)} |", "|---" * (1 + len(columns)) + "|"]
-    for task, values in enumerate(measured):
+    for task, values in enumerate(metrics["fisher"]):
+        if not values:
+            continue
         cells = []
         for key in columns:
             # A penalty with several directions a task has a list.
@@ -230,8 +233,8 @@ def write_report(output_dir: str | Path) -> Path:
         return [f"## {title}", "", text, "", *lines] if lines else []
 
     samples = sorted((output_dir / "samples").glob("task-*.png"))
-    learned = [name for names in metrics["tasks"][: len(metrics["num_images"][-1])] for name in names]
-    rows = f"Rows from the top: {', '.join(learned[:100])}."
+    learned = list(dict.fromkeys(sum(metrics["tasks"][: len(metrics["num_images"][-1])], [])))
+    rows = f"Rows from the top: {', '.join(map(plain, learned[:100]))}."
     grids = [picture(f"samples/{path.name}", f"Samples after {path.stem}, a row a class") for path in samples]
     recall = metrics["metrics"]["recall"]["average"][-1]
     run = output_dir / "run.json"

@@ -32,7 +32,13 @@ DATA_KEYS = (
 # What does not make it another method.
 SAME_METHOD_KEYS = ("seed", "num_threads", "license", "class_order")
 # Files and folders of one machine.
-PATH_KEYS = ("feature_extractor", "feature_extractor_weights_path", "model_config_name_or_path")
+PATH_KEYS = (
+    "feature_extractor",
+    "feature_extractor_weights_path",
+    "eval_classifier",
+    "model_config_name_or_path",
+    "pretrained_model_name_or_path",
+)
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -14,7 +14,8 @@ def resolve_tasks(config: TrainingConfig, train: ImageSplit, test: ImageSplit) -
     """
     Returns the class names of every task.
 
-    An entry of `tasks` or `class_order` is a class name, or else (a whole number) a label id.
+    An entry of `tasks` or `class_order` is a class name, or else (a whole number) a label id. Without both, all classes
+    are one task.
 
     Raises:
         DataError: a class that the dataset does not have, a class in two tasks, a class without images; fewer
@@ -32,7 +33,9 @@ def resolve_tasks(config: TrainingConfig, train: ImageSplit, test: ImageSplit) -
         hint = "; train_data_dir has to hold one folder a class" if config.train_data_dir is not None else ""
         raise DataError(f"{key}: the dataset has no class {entry!r}; it has {known}{hint}")
 
-    if config.tasks is not None:
+    if config.tasks is None and config.classes_per_task is None:
+        tasks = [list(names)]
+    elif config.tasks is not None:
         tasks = [[name_of(entry, "tasks") for entry in task] for task in config.tasks]
     else:
         if isinstance(config.class_order, list):

@@ -13,8 +13,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from diffusers_cl.checkpoint import write_json, write_text
 from diffusers_cl.comparison import compare, plot_averages
+from diffusers_cl.files import write_json, write_text
 from diffusers_cl.report import read_json
 from diffusers_cl.results import ROOT, join_result, load_run
 from diffusers_cl.tables import render_latex, render_markdown

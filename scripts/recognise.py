@@ -4,7 +4,8 @@ Asks a classifier that took no part in a run whether it recognises what the run'
     python scripts/recognise.py runs/digits [runs/digits-seed1 ...] [--num_images 100] [--output FILE]
 
 The judge is a support vector machine on pixels, fitted to the real training split and tested on the held-out one. It is
-neither the run's feature extractor nor used in training or selection.
+neither the run's feature extractor nor used in training or selection. A run that went on from a model has the data of its
+own classes alone; `--dataset_name` names one with all of them.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from sklearn.svm import SVC
 from diffusers_cl.config import TrainingConfig
 from diffusers_cl.data import load_splits
 from diffusers_cl.errors import CheckpointError, DataError, RunError
-from diffusers_cl.hub import finished_tasks, task_folder
+from diffusers_cl.folders import finished_tasks, task_folder
 from diffusers_cl.pipeline import ClassConditionalPipeline
 from diffusers_cl.sampling import sample_images
 
@@ -35,22 +36,26 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("runs", nargs="+", type=Path, help="output folders of train_continual.py")
     parser.add_argument("--num_images", type=int, default=100, help="images a class")
     parser.add_argument("--seed", type=int, default=0, help="of the sampled noise, which training never saw")
+    parser.add_argument("--dataset_name", help="the judge's data, by default that of the run")
+    parser.add_argument("--task", type=int, help="the model of this task, by default that of the last")
     parser.add_argument("--output", type=Path, default=None, help="a JSON file to write")
     return parser.parse_args(argv)
 
 
-def recognise(run: Path, num_images: int, seed: int) -> dict:
+def recognise(run: Path, num_images: int, seed: int, dataset_name: str | None = None, task: int | None = None) -> dict:
     """
-    Returns how many of `num_images` samples of every class the judge takes for that class, after the last task.
+    Returns how many of `num_images` samples of every class the judge takes for that class, after the last task or `task`.
 
     Raises:
         CheckpointError: when the run has no finished task.
         DataError: when its data cannot be loaded.
     """
-    states = finished_tasks(run)
+    states = [state for state in finished_tasks(run) if task is None or state["task"] == task]
     if not states:
-        raise CheckpointError(f"{run} has no finished task")
+        raise CheckpointError(f"{run} has no finished task" + (f" {task}" if task is not None else ""))
     config = TrainingConfig(**yaml.safe_load((run / "config.yaml").read_text()))
+    if dataset_name is not None:
+        config.dataset_name, config.train_data_dir = dataset_name, None
     train, test = load_splits(config)
 
     def pixels(split, positions):
@@ -60,7 +65,7 @@ def recognise(run: Path, num_images: int, seed: int) -> dict:
     judge = SVC(**SVC_PARAMETERS).fit(pixels(train, rows), train.labels[rows])
     test_accuracy = float((judge.predict(pixels(test, range(len(test.labels)))) == test.labels).mean())
 
-    pipeline = ClassConditionalPipeline.from_pretrained(task_folder(run, len(states) - 1))
+    pipeline = ClassConditionalPipeline.from_pretrained(task_folder(run, states[-1]["task"]))
     class_ids = {name: states[-1]["class_ids"][name] for name in states[-1]["seen_classes"]}
     images = sample_images(
         pipeline,
@@ -91,7 +96,7 @@ def main() -> int:
     """Runs the script and returns its exit code."""
     args = parse_args()
     try:
-        results = [recognise(run, args.num_images, args.seed) for run in args.runs]
+        results = [recognise(run, args.num_images, args.seed, args.dataset_name, args.task) for run in args.runs]
     except (RunError, OSError) as error:
         print(f"recognise.py: error: {error}", file=sys.stderr)
         return getattr(error, "exit_code", DataError.exit_code)

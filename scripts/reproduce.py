@@ -26,10 +26,10 @@ from pathlib import Path
 import yaml
 
 from diffusers_cl.arguments import parse_config
-from diffusers_cl.checkpoint import write_json, write_text
 from diffusers_cl.comparison import compare, plot_averages, plot_first_class
 from diffusers_cl.config import OPERATIONAL_KEYS, TrainingConfig
 from diffusers_cl.errors import RunError
+from diffusers_cl.files import write_json, write_text
 from diffusers_cl.plots import format_number
 from diffusers_cl.report import headline_metric, read_json
 from diffusers_cl.results import (

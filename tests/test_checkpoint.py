@@ -9,16 +9,9 @@ import torch
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 
-from diffusers_cl.checkpoint import (
-    list_checkpoints,
-    load_checkpoint,
-    newest_checkpoint,
-    publish_folder,
-    read_state,
-    save_checkpoint,
-    verify_folder,
-)
+from diffusers_cl.checkpoint import list_checkpoints, load_checkpoint, newest_checkpoint, read_state, save_checkpoint
 from diffusers_cl.errors import CheckpointError, StorageError
+from diffusers_cl.files import publish_folder, verify_folder
 
 
 def make_model(seed: int = 0, width: int = 3) -> torch.nn.Module:

@@ -1,6 +1,7 @@
 """What both penalties keep of finished tasks, report, save and load."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -131,7 +132,7 @@ def test_round_trips_are_bit_equal_and_go_on(tmp_path, tasks, losses, kind, ewc_
     penalty.save_pretrained(tmp_path / "consolidation")
     assert [path.name for path in (tmp_path / "consolidation").iterdir()] == ["ewc.safetensors"]
     with safe_open(tmp_path / "consolidation" / "ewc.safetensors", framework="pt") as file:
-        assert file.metadata()["penalty"] == kind.kind
+        assert json.loads(file.metadata()["penalty"]) == {"kind": kind.kind, "ewc_lambda": ewc_lambda}
     from_file = kind.from_pretrained(tmp_path / "consolidation")
     from_dict = kind(ewc_lambda)
     from_dict.load_state_dict(penalty.state_dict())

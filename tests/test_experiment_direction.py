@@ -140,7 +140,7 @@ def test_v_is_that_of_the_product_at_the_right_weights(tiny_run):
     published = UNet2DModel.from_pretrained(tiny_run / "task-00" / "unet")
     checkpoint = load_file(tiny_run / "checkpoint-5" / "model.safetensors")
     config = TrainingConfig(**yaml.safe_load((tiny_run / "config.yaml").read_text()))
-    untrained = create_unet(dict(published.config), 1, [str(digit) for digit in range(10)], config).state_dict()
+    untrained = create_unet(dict(published.config), 1, {str(digit): digit for digit in range(10)}, config).state_dict()
     for unet, expected in ((ema, published.state_dict()), (raw, checkpoint)):
         for name, tensor in unet.state_dict().items():
             assert torch.equal(tensor[:2] if name == "class_embedding.weight" else tensor, expected[name]), name

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import diffusers_cl
-from diffusers_cl import features
+from diffusers_cl import classifier
 from diffusers_cl.metrics import frechet_distance, recall
 
 
@@ -176,7 +176,7 @@ def test_agreement_of_two_classifiers():
 
 
 def test_the_whole_experiment_on_digits(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(features, "CLASSIFIER_STEPS", 60)
+    monkeypatch.setattr(classifier, "CLASSIFIER_STEPS", 60)
     output, plot = tmp_path / "new" / "result.json", tmp_path / "scores.png"
     options = "--dataset_name digits --resolution 8 --sizes 20 1000 --classifier_seeds 0 1 --num_resamplings 2"
     sensitivity.main([*options.split(), "--output", str(output), "--plot", str(plot)])

@@ -7,11 +7,12 @@ import torch
 from script_helpers import arguments
 from transformers import ConvNextImageProcessor, ResNetConfig, ResNetForImageClassification
 
-from diffusers_cl import features as features_module
+from diffusers_cl import classifier
 from diffusers_cl.arguments import parse_config
+from diffusers_cl.classifier import train_classifier
 from diffusers_cl.data import load_splits
 from diffusers_cl.errors import DataError
-from diffusers_cl.features import resolve_feature_extractor, train_classifier
+from diffusers_cl.features import resolve_feature_extractor
 from diffusers_cl.metrics import task_metrics
 
 
@@ -65,7 +66,7 @@ def test_digits_are_measured_with_the_network_that_is_shipped(files, splits, tmp
 
 
 def test_the_classifier_is_a_function_of_its_seed(splits, monkeypatch):
-    monkeypatch.setattr(features_module, "CLASSIFIER_STEPS", 5)
+    monkeypatch.setattr(classifier, "CLASSIFIER_STEPS", 5)
     rows = splits[0].rows_of(CLASSES)
     state = torch.random.get_rng_state()
     default, zero, one = (

@@ -11,13 +11,16 @@ import torch
 
 from diffusers_cl.metrics import (
     FLOOR_RESAMPLINGS,
+    accuracy,
     accuracy_by_class,
     distance_names,
+    extend_floor,
     floor,
     frechet_distance,
     kernel_distance,
     kl_divergence,
     recall,
+    statistics,
     summarize,
     task_metrics,
 )
@@ -220,17 +223,49 @@ def test_metrics_of_a_task():
         "kid": kernel_distance(generated, real),
         "recall": recall(generated, real),
     }
-    predictions, real_predictions, labels = ["a"] * 15 + ["b"] * 5, ["a"] * 10 + ["b"] * 10, ["a", "b"] * 10
-    metrics = task_metrics(generated, real, "classifier", predictions, real_predictions, ["a", "b"], labels)
-    assert metrics.keys() == {"fd_classifier", "kd_classifier", "recall", "accuracy", "kld"}
-    assert metrics["accuracy"] == (8 + 3) / 20
-    assert metrics["kld"] == kl_divergence(predictions, real_predictions, ["a", "b"])
+    metrics = task_metrics(generated, real, "classifier")
+    assert metrics.keys() == {"fd_classifier", "kd_classifier", "recall"}
     assert all(type(value) is float for value in metrics.values())
+    # Of what is no longer there, its statistics give the same Frechet distance, and nothing else.
+    kept = task_metrics(generated, statistics(real), "inception")
+    assert kept == {"fid": frechet_distance(generated, real), "kid": None, "recall": None}
+
+
+def test_accuracy():
+    assert accuracy(["a"] * 15 + ["b"] * 5, ["a", "b"] * 10) == (8 + 3) / 20
+
+
+def test_what_is_not_known_is_no_number():
+    # A stream that went on without the first task's images.
+    values = summarize([[0.5], [None, 0.7], [None, 0.6, 0.9]])
+    assert values["average"] == [0.5, None, None] and values["learning"] == pytest.approx(0.7)
+    assert values["forgetting"] is None and values["worst"] is None
+    # New classes that the classifier has never seen.
+    values = summarize([[0.9], [0.8, None]], higher_is_better=True)
+    assert values["average"] == [0.9, None] and values["learning"] is None and values["worst"] is None
+
+
+def test_the_floor_of_a_stream_that_goes_on(real_images):
+    features, labels = real_images
+    whole = floor(features, labels, "inception")
+    first = floor(features[:1], labels[:1], "inception")
+    second = floor(features[1:], labels[1:], "inception")
+    # The halves are drawn by a task's number, so the second is another sample of the same.
+    joined = extend_floor(whole, 1, second)
+    for name, found in joined.items():
+        assert found["per_task"] == [first[name]["per_task"][0], *second[name]["per_task"]]
+        assert found["mean"] == pytest.approx(np.mean(found["per_task"]))
+        assert found["num_images"] == whole[name]["num_images"]
+        num_new = len(second[name]["per_task"])
+        expected = (whole[name]["std"] + num_new * second[name]["std"]) / (1 + num_new)
+        assert found["std"] == pytest.approx(expected)
 
 
 def test_predictions_and_labels_of_unequal_number_are_an_error():
     with pytest.raises(ValueError):
         accuracy_by_class(["a"], ["a", "b"])
+    with pytest.raises(ValueError):
+        accuracy(["a"], ["a", "b"])
 
 
 # The floor

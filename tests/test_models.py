@@ -25,7 +25,7 @@ def build(tiny_model_config):
 
     def create(class_names: list[str], channels: int = 1, **options) -> UNet2DModel:
         config = TrainingConfig(model_config_name_or_path=str(tiny_model_config), resolution=8, **options)
-        return create_unet(load_unet_config(config), channels, class_names, config)
+        return create_unet(load_unet_config(config), channels, {name: row for row, name in enumerate(class_names)}, config)
 
     return create
 
@@ -134,7 +134,7 @@ def test_impossible_architecture_is_a_config_error(tmp_path, tiny_model_config):
     path.write_text(json.dumps({**json.loads(tiny_model_config.read_text()), "norm_num_groups": 3}))
     config = TrainingConfig(model_config_name_or_path=str(path), resolution=8)
     with pytest.raises(ConfigError, match="model_config_name_or_path: .*divisible"):
-        create_unet(load_unet_config(config), 1, ["cat"], config)
+        create_unet(load_unet_config(config), 1, {"cat": 0}, config)
 
 
 def test_resolution_that_cannot_be_halved_is_a_config_error(tiny_model_config):

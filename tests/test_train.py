@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 from script_helpers import EVERYTHING, arguments, finished_run, interrupted_copy, read_log, run, start, tiny_files
 
 from diffusers_cl import __version__
-from diffusers_cl.checkpoint import list_checkpoints, verify_folder
+from diffusers_cl.checkpoint import list_checkpoints
+from diffusers_cl.files import verify_folder
 from diffusers_cl.pipeline import ClassConditionalPipeline
 from diffusers_cl.replay_images import replay_images_for_task
 
@@ -37,6 +38,7 @@ TASK_FOLDER = {
     UNET,
     "consolidation/state.json",
     "consolidation/ewc.safetensors",
+    "consolidation/references.safetensors",
     "consolidation/manifest.json",
 }
 METRICS = {"fd_features", "kd_features", "recall", "accuracy", "kld"}
@@ -98,7 +100,7 @@ def test_task_folders(plain_run):
         state = read_json(folder / "consolidation" / "state.json")
         assert state["class_ids"] == {"0": 0, "1": 1, "2": 2, "3": 3} and state["seen_classes"] == names
         assert state["task"] == task and state["global_step"] == 5 * (task + 1) and len(state["rows"]) == task + 1
-        assert state["lineage"]["previous"] == (None if task == 0 else "task-00")
+        assert state["lineage"]["previous"] == (None if task == 0 else {"model": "task-00", "revision": None})
         assert state["version"] == __version__ and state["config"]["seed"] == 0
         pipeline = ClassConditionalPipeline.from_pretrained(folder)
         assert list(pipeline.known_classes.values()) == names

@@ -24,12 +24,13 @@ from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffusers_cl import __version__, fisher
-from diffusers_cl.checkpoint import PREFIX, list_checkpoints, read_state, write_json
+from diffusers_cl.checkpoint import PREFIX, list_checkpoints, read_state
 from diffusers_cl.config import NUM_TRAIN_TIMESTEPS, OPERATIONAL_KEYS, TrainingConfig
 from diffusers_cl.data import load_splits
 from diffusers_cl.draws import FisherBatches
 from diffusers_cl.errors import CheckpointError, DataError, RunError
-from diffusers_cl.hub import task_folder
+from diffusers_cl.files import write_json
+from diffusers_cl.folders import task_folder
 from diffusers_cl.losses import denoising_losses
 from diffusers_cl.models import create_unet
 from diffusers_cl.plots import format_number
@@ -147,7 +148,7 @@ class Task:
         folder, config = self.run / f"{PREFIX}{step}", dataclasses.replace(self.config, num_class_embeds=None)
         read_state(folder)
         architecture = UNet2DModel.load_config(task_folder(self.run, 0) / "unet")
-        unet = create_unet(architecture, self.train.channels, list(self.class_ids), config).eval()
+        unet = create_unet(architecture, self.train.channels, self.class_ids, config).eval()
         weights, rows = load_file(folder / self.variants[variant]), unet.class_embedding.weight.detach().clone()
         rows[: self.num_classes] = weights["class_embedding.weight"][: self.num_classes]
         unet.load_state_dict({**weights, "class_embedding.weight": rows})

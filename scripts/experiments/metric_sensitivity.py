@@ -25,10 +25,11 @@ from sklearn.decomposition import PCA
 from torch_fidelity.metric_prc import prc_features_to_metric
 from torchvision.transforms.functional import gaussian_blur
 
-from diffusers_cl.checkpoint import write_json
+from diffusers_cl.classifier import NUM_FEATURES, train_classifier, weights_digest
 from diffusers_cl.config import TrainingConfig
 from diffusers_cl.data import ImageSplit, load_splits
-from diffusers_cl.features import NUM_FEATURES, FeatureExtractor, train_classifier, weights_digest
+from diffusers_cl.features import FeatureExtractor
+from diffusers_cl.files import write_json
 from diffusers_cl.metrics import frechet_distance, kernel_distance
 from diffusers_cl.randomness import derive_seed
 from diffusers_cl.tasks import resolve_tasks

@@ -1,0 +1,65 @@
+"""Task folders as they are found: names, states, and which model a task was learned after."""
+
+import json
+from pathlib import Path
+
+from . import __version__
+from .errors import CheckpointError
+from .files import verify_folder
+
+
+CONSOLIDATION = "consolidation"
+STATE_NAME = "state.json"
+MEMORY_NAME = "memory.safetensors"
+# In a run's folder: the task that it went on from, which is not its own.
+START_NAME = "start.json"
+SCHEMA = 1
+
+
+def task_folder(output_dir: str | Path, task: int) -> Path:
+    """Returns the folder of a task, counted from 0."""
+    return Path(output_dir) / f"task-{task:02d}"
+
+
+def read_task_state(folder: str | Path) -> dict:
+    """
+    Returns `consolidation/state.json` of a task folder, after every one of its files was verified.
+
+    Raises:
+        CheckpointError: when the folder is not whole, or was written by a newer version of this package.
+    """
+    verify_folder(folder, CONSOLIDATION)
+    state = json.loads((Path(folder) / CONSOLIDATION / STATE_NAME).read_text())
+    if state["schema"] > SCHEMA:
+        raise CheckpointError(f"{folder} was written by diffusers-cl {state['version']}, this is {__version__}")
+    return state
+
+
+def finished_tasks(output_dir: str | Path) -> list[dict]:
+    """Returns the states of a run's task folders, from the first one, or the one that it went on from, to the last."""
+    start, first, states = Path(output_dir) / START_NAME, 0, []
+    if start.exists():
+        first = json.loads(start.read_text())["task"]
+    while task_folder(output_dir, first + len(states)).exists():
+        states.append(read_task_state(task_folder(output_dir, first + len(states))))
+    return states
+
+
+def previous_model(task: int, start, hub_model_id: str | None) -> dict | None:
+    """
+    Returns what a task was learned after: `model`, a repo on the Hub or else a folder, and `revision`, its commit where
+    that is known; `None` for the first task.
+
+    Args:
+        task (`int`).
+        start ([`Start`], *optional*): what the run goes on from.
+        hub_model_id (`str`, *optional*): where the run is pushed.
+    """
+    if start is not None and task == start.task + 1:
+        # A path is this machine's business.
+        model = Path(start.model).resolve().name if Path(start.model).is_dir() else start.model
+        return {"model": model, "revision": start.revision}
+    if task == 0:
+        return None
+    name = task_folder("", task - 1).name
+    return {"model": name if hub_model_id is None else f"{hub_model_id}-{name}", "revision": None}

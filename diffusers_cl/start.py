@@ -1,0 +1,248 @@
+"""Going on from a published task: its folder comes from the Hub or the disk, and becomes the first of the run's."""
+
+import json
+import re
+import shutil
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import huggingface_hub
+from huggingface_hub import constants
+from huggingface_hub.errors import (
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from .config import OPERATIONAL_KEYS, TrainingConfig
+from .endpoint import CLIENT_ERRORS, REQUEST_TIMEOUT, client_timeout, retry
+from .errors import CheckpointError, ConfigError, DataError, RunError, first_line
+from .files import MANIFEST_NAME, publish_folder, write_json
+from .folders import CONSOLIDATION, MEMORY_NAME, START_NAME, STATE_NAME, read_task_state, task_folder
+
+
+NO_TASK = (
+    f"has no {CONSOLIDATION}/{STATE_NAME}: it is no task of diffusers-cl; scripts/adopt.py makes one of a class-conditional"
+    " pipeline"
+)
+# What a task folder may consist of; nothing else is fetched or copied.
+ALLOWED_FILES = re.compile(
+    r"model_index\.json|README\.md|samples\.png|pipeline\.py|funlora\.py|(unet|scheduler)/\w+\.json"
+    r"|unet/diffusion_pytorch_model\.safetensors|consolidation/\w+\.(json|safetensors)"
+)
+# A run's own: what it learns, on what machine, where it leaves its files.
+OWN_KEYS = (
+    *OPERATIONAL_KEYS,
+    *("dataset_name", "dataset_config_name", "train_data_dir", "image_column", "label_column", "train_split"),
+    *("eval_split", "max_train_samples", "tasks", "classes_per_task", "class_order", "num_class_embeds"),
+    *("pretrained_model_name_or_path", "revision", "allow_known_classes", "model_config_name_or_path"),
+    *("num_threads", "mixed_precision", "allow_tf32", "feature_extractor_weights_path", "eval_classifier"),
+)
+# What the model cannot change any more.
+FIXED_KEYS = ("resolution", "prediction_type")
+
+
+@dataclass
+class Start:
+    """
+    The task that a run goes on from.
+
+    Attributes:
+        folder (`Path`): its folder, verified.
+        state (`dict`): the content of its state.json.
+        model (`str`): the repo or folder, as it was asked for.
+        revision (`str` or `None`): the repo's commit.
+    """
+
+    folder: Path
+    state: dict
+    model: str
+    revision: str | None
+
+    @property
+    def task(self) -> int:
+        return self.state["task"]
+
+    @property
+    def tasks(self) -> list[list[str]]:
+        """The classes of the tasks that it has learned."""
+        return self.state["tasks"][: self.task + 1]
+
+    @property
+    def class_ids(self) -> dict[str, int]:
+        """The ids of the classes that it has learned."""
+        return {name: self.state["class_ids"][name] for name in self.state["seen_classes"]}
+
+    @property
+    def settings(self) -> dict:
+        """Its configuration, for keys that nothing sets."""
+        known = {field.name for field in fields(TrainingConfig)} - set(OWN_KEYS)
+        return {key: value for key, value in self.state["config"].items() if key in known}
+
+
+def _download(model: str, revision: str | None, token: str | None, cache_dir: str | None) -> tuple[Path, str | None]:
+    """The folder of a repo's snapshot with the files of a task, and its commit."""
+    where = f"{model} at revision {revision}" if revision else model
+    options = {"token": token, "cache_dir": cache_dir}
+    try:
+        # Asked first: a snapshot that cannot be asked for is taken from the cache, however old, without a word.
+        offline, commit = constants.HF_HUB_OFFLINE, None
+        if not offline:
+            with client_timeout(REQUEST_TIMEOUT):
+                commit = retry(lambda: huggingface_hub.model_info(model, revision=revision, token=token), where).sha
+        wanted = {"repo_id": model, "revision": commit or revision, "local_files_only": offline, **options}
+        try:
+            huggingface_hub.hf_hub_download(filename=f"{CONSOLIDATION}/{STATE_NAME}", **wanted)
+        except RemoteEntryNotFoundError as error:
+            raise ConfigError(f"{where} {NO_TASK}") from error
+        manifest = huggingface_hub.hf_hub_download(filename=f"{CONSOLIDATION}/{MANIFEST_NAME}", **wanted)
+        names = [*_listed_files(Path(manifest), where), f"{CONSOLIDATION}/{MANIFEST_NAME}"]
+        return Path(huggingface_hub.snapshot_download(allow_patterns=names, **wanted)), commit
+    except RunError:
+        raise
+    except RevisionNotFoundError as error:
+        raise ConfigError(f"{where}: the repo has no such branch, tag or commit") from error
+    except RepositoryNotFoundError as error:
+        raise ConfigError(
+            f"{where}: no such folder here and no such repo, or a private one that hub_token (or `hf auth login`) does"
+            " not open"
+        ) from error
+    except HFValidationError as error:
+        raise ConfigError(f"{where}: no such folder here, and no name of a repo") from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise DataError(f"{where}: not in the cache, and the Hub cannot be reached: {first_line(error)}") from error
+    except CLIENT_ERRORS as error:
+        raise DataError(f"{where} cannot be fetched: {first_line(error)}") from error
+
+
+def _listed_files(manifest: Path, where: str) -> list[str]:
+    """The names in a manifest, which must all be a task folder's."""
+    try:
+        names = list(json.loads(manifest.read_text())["sha256"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{where}: {CONSOLIDATION}/{MANIFEST_NAME} cannot be read: {error}") from error
+    if strange := [name for name in names if not ALLOWED_FILES.fullmatch(name)]:
+        raise CheckpointError(f"{where}: {strange[0]!r} is no file of a task folder")
+    return names
+
+
+def fetch_task(
+    model: str, revision: str | None = None, token: str | None = None, cache_dir: str | Path | None = None
+) -> Start:
+    """
+    Returns a task from a folder or from a repo on the Hub. Every file is verified; none of them is unpickled or run.
+
+    Args:
+        model (`str`): a task folder, or else the name of a repo.
+        revision (`str`, *optional*): the repo's branch, tag or commit.
+        token (`str`, *optional*): for private repos; by default the one that is saved on this machine.
+        cache_dir (`Path`, *optional*): for what is downloaded; by default the Hugging Face cache.
+
+    Raises:
+        ConfigError: when there is no such task.
+        DataError: when it cannot be fetched.
+        CheckpointError: when it is not whole, or was written by a newer version.
+    """
+    if Path(model, "task-00").is_dir():
+        tasks = ", ".join(str(path) for path in sorted(Path(model).glob("task-*")))
+        raise ConfigError(f"{model} is the folder of a run, name one of its tasks: {tasks}")
+    if not Path(model).is_dir():
+        folder, commit = _download(model, revision, token, cache_dir)
+        return Start(folder, read_task_state(folder), model, commit)
+    folder = Path(model)
+    if not (folder / CONSOLIDATION / STATE_NAME).exists():
+        raise ConfigError(f"{model} {NO_TASK}")
+    _listed_files(folder / CONSOLIDATION / MANIFEST_NAME, model)
+    return Start(folder, read_task_state(folder), model, None)
+
+
+def load_start(config: TrainingConfig) -> Start | None:
+    """
+    Returns the task that `pretrained_model_name_or_path` names ([`fetch_task`]), from the output folder if this run has
+    it already; `None` where none is named.
+    """
+    model = config.pretrained_model_name_or_path
+    if model is None:
+        return None
+    kept = Path(config.output_dir) / START_NAME
+    if kept.exists() and not config.overwrite_output_dir:
+        found = json.loads(kept.read_text())
+        if (found["model"], found["asked"]) == (model, config.revision):
+            folder = task_folder(config.output_dir, found["task"])
+            return Start(folder, read_task_state(folder), model, found["revision"])
+    try:
+        start = fetch_task(model, config.revision, config.hub_token, config.cache_dir)
+    except RunError as error:
+        raise type(error)(f"pretrained_model_name_or_path: {error}") from error
+    if start.state["config"]["stream"] == "joint":
+        raise ConfigError(
+            f"pretrained_model_name_or_path: {model} is of stream: joint, which is one phase with the matrix of many"
+            " tasks; scripts/adopt.py makes one task of it"
+        )
+    return start
+
+
+def check_start(start: Start, config: TrainingConfig) -> None:
+    """Raises `ConfigError` for a configuration that does not go with the task."""
+    if config.overwrite_output_dir and start.folder.resolve().is_relative_to(Path(config.output_dir).resolve()):
+        raise ConfigError(f"overwrite_output_dir: {config.output_dir} holds the model to go on from")
+    if config.replay == "memory" and not (start.folder / CONSOLIDATION / MEMORY_NAME).exists():
+        raise ConfigError(
+            f"replay is 'memory', but {start.model} has no {CONSOLIDATION}/{MEMORY_NAME} with images of its classes"
+        )
+    for key in FIXED_KEYS:
+        if getattr(config, key) != start.state["config"][key]:
+            raise ConfigError(
+                f"{key} is {getattr(config, key)!r}; allowed: {start.state['config'][key]!r}, which {start.model} has"
+            )
+    name = start.state["feature_extractor_info"]["name"]
+    if config.feature_extractor != name and "classifier" in (config.feature_extractor, name):
+        raise ConfigError(
+            f"feature_extractor is {config.feature_extractor!r}; the old classes were measured with {name!r}, and only"
+            " that compares. For accuracy, eval_classifier may name another"
+        )
+
+
+def extend_stream(start: Start, new_tasks: list[list[str]], config: TrainingConfig) -> tuple[list, dict[str, int]]:
+    """
+    Returns all tasks of a stream that goes on, and the id of every class: old ones keep theirs, by name.
+
+    Raises:
+        DataError: for classes that the model knows already, unless `allow_known_classes`; too few `num_class_embeds`.
+    """
+    class_ids = start.class_ids
+    new = [name for names in new_tasks for name in names]
+    known = [name for name in new if name in class_ids]
+    if known and not config.allow_known_classes:
+        raise DataError(
+            f"{start.model} knows {', '.join(known[:10])} already; leave them out (tasks), or refine them with"
+            " allow_known_classes"
+        )
+    free = max(class_ids.values()) + 1
+    for name in new:
+        if name not in class_ids:
+            class_ids[name], free = free, free + 1
+    if config.num_class_embeds is not None and config.num_class_embeds < free:
+        raise DataError(f"num_class_embeds is {config.num_class_embeds}; with the old classes it takes {free}")
+    return [*start.tasks, *new_tasks], class_ids
+
+
+def copy_start(start: Start, output_dir: str | Path, revision: str | None) -> None:
+    """Makes the task a run's own: `task-<k>` in its output folder, and `start.json`, which says where it is from."""
+    output_dir = Path(output_dir)
+    if (output_dir / START_NAME).exists():
+        return
+    manifest = start.folder / CONSOLIDATION / MANIFEST_NAME
+
+    def write(folder: Path) -> None:
+        for name in _listed_files(manifest, start.model):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            # The cache has links.
+            shutil.copyfile(start.folder / name, folder / name)
+
+    publish_folder(task_folder(output_dir, start.task), write, CONSOLIDATION)
+    content = {"task": start.task, "model": start.model, "revision": start.revision, "asked": revision}
+    write_json(output_dir / START_NAME, content)
