@@ -1,5 +1,6 @@
 # make demo     train on the embedded digits, in a virtual environment made here (.venv)
 # make test     run the tests
+# make story    publish to a Hub on this machine, delete everything, go on from there with new classes (about ten minutes)
 # make style    lint and format, changing files
 # make quality  the same, changing nothing
 
@@ -8,7 +9,7 @@ PYTHONS = python3.13 python3.12 python3.11 python3
 BIN = .venv/bin
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --no-input -c constraints.txt
 
-.PHONY: demo test style quality
+.PHONY: demo test story style quality
 # Two pip processes must not work on one environment.
 .NOTPARALLEL:
 
@@ -24,6 +25,9 @@ demo: .venv/.installed
 # One thread a worker: the workers already take every core.
 test: .venv/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+story: .venv/.installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/story.py
 
 style: .venv/.installed-quality
 	$(BIN)/ruff check --fix .

@@ -39,7 +39,7 @@ from diffusers_cl.checkpoint import load_checkpoint, newest_checkpoint, read_sta
 from diffusers_cl.config import NUM_TRAIN_TIMESTEPS, OPERATIONAL_KEYS, SECRET_KEYS, TrainingConfig
 from diffusers_cl.data import load_splits
 from diffusers_cl.draws import FisherBatches
-from diffusers_cl.errors import CheckpointError, ConfigError, NonFiniteError, PushPendingError, RunError, StorageError
+from diffusers_cl.errors import CheckpointError, ConfigError, NonFiniteError, RunError, StorageError
 from diffusers_cl.evaluation import class_grid_columns, create_evaluation, nearest_training_images
 from diffusers_cl.files import write_json, write_text
 from diffusers_cl.folders import CONSOLIDATION, MEMORY_NAME, finished_tasks, previous_model, task_folder
@@ -52,7 +52,7 @@ from diffusers_cl.names import dataset_name
 from diffusers_cl.output import check_output_dir, write_status
 from diffusers_cl.pipeline import ClassConditionalPipeline, from_uint8
 from diffusers_cl.plots import format_number
-from diffusers_cl.publish import BackgroundPush
+from diffusers_cl.publish import BackgroundPush, finish_push
 from diffusers_cl.randomness import derive_seed
 from diffusers_cl.record import RunRecord
 from diffusers_cl.replay import replay_weights
@@ -70,12 +70,6 @@ logger = get_logger(__name__, log_level="INFO")
 warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated", category=FutureWarning)
 
 
-def finish_push(push: BackgroundPush | None, timeout: float) -> None:
-    """Waits for what is still being pushed; raises `PushPendingError` if that takes too long or fails."""
-    if push is not None and (pending := push.finish(timeout)):
-        raise PushPendingError(f"{'; '.join(pending)}. The same command, or scripts/push.py, pushes what is missing")
-
-
 def main(config: TrainingConfig, start: Start | None = None) -> None:
     """Runs the stream that a configuration describes, after the task `start`, from where the run in `output_dir` stands."""
     output_dir = Path(config.output_dir)
@@ -88,7 +82,9 @@ def main(config: TrainingConfig, start: Start | None = None) -> None:
     if config.push_to_hub and int(os.environ.get("RANK", 0)) == 0:
         name = config.hub_model_id or output_dir.resolve().name
         first_own_task = 0 if start is None else start.task + 1
-        hub_model_id = check_hub_access(name, config.hub_token, config.hub_private_repo, first_own_task)
+        hub_model_id = check_hub_access(
+            name, config.hub_token, config.hub_private_repo, first_own_task, config.license
+        )
     if config.report_to == "wandb" and not is_wandb_available():
         raise ConfigError("report_to is 'wandb', which is not installed; allowed here: tensorboard, none")
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from huggingface_hub.errors import HfHubHTTPError
 
 from .endpoint import CLIENT_ERRORS, EndpointError, fault, open_api, retry
-from .errors import CheckpointError, ConfigError, RunError
+from .errors import CheckpointError, ConfigError, PushPendingError, RunError
 from .files import MANIFEST_NAME, file_sha256, write_json
 from .folders import CONSOLIDATION, START_NAME, task_folder
 from .task_repos import full_model_id, push_task_folder, task_repo_id
@@ -262,3 +262,9 @@ class BackgroundPush:
         if self.process is not None:
             with suppress(subprocess.TimeoutExpired):
                 self.process.wait(max(0.0, deadline - time.monotonic()))
+
+
+def finish_push(push: BackgroundPush | None, timeout: float) -> None:
+    """Waits for what is still being pushed; raises `PushPendingError` if that takes too long or fails."""
+    if push is not None and (pending := push.finish(timeout)):
+        raise PushPendingError(f"{'; '.join(pending)}. The same command, or scripts/push.py, pushes what is missing")

@@ -10,7 +10,7 @@ from diffusers import DDIMScheduler, UNet2DModel
 from safetensors import SafetensorError
 
 from .config import NUM_TRAIN_TIMESTEPS
-from .errors import CheckpointError, ConfigError, first_line
+from .errors import CheckpointError, ConfigError, RunError, first_line
 from .fetch import fetch_files
 
 
@@ -207,8 +207,10 @@ def open_source(
                 f"{where} is the folder of a run; allowed: one of its tasks, such as {folder / 'task-00'}"
             )
     else:
-        at = f" at revision {revision}" if revision else ""
-        folder, commit = fetch_files(where + at, model, revision, WANTED_FILES, cache_dir=cache_dir)
+        try:
+            folder, commit = fetch_files(model, revision, WANTED_FILES, cache_dir=cache_dir)
+        except RunError as error:
+            raise type(error)(f"--model: {error}") from error
     for name in ("unet/config.json", "scheduler/scheduler_config.json"):
         if not (folder / name).is_file():
             raise ConfigError(

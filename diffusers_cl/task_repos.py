@@ -8,12 +8,12 @@ import hashlib
 import json
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, constants
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id
 
-from .endpoint import CLIENT_ERRORS, REQUEST_TIMEOUT, client_timeout, fault, open_api, retry
-from .errors import ConfigError, DataError
+from .endpoint import CLIENT_ERRORS, REQUEST_TIMEOUT, client_timeout, fault, http_error, open_api, retry
+from .errors import ConfigError, DataError, first_line
 from .files import MANIFEST_NAME, file_sha256
 from .folders import CONSOLIDATION, read_task_state, task_folder
 
@@ -67,6 +67,7 @@ def check_hub_access(
     token: str | None = None,
     private: bool | None = None,
     task: int = 0,
+    license: str | None = None,
     timeout: float = REQUEST_TIMEOUT,
 ) -> str:
     """
@@ -78,16 +79,31 @@ def check_hub_access(
         token (`str`, *optional*): by default `HF_TOKEN`, or the one that is saved on this machine.
         private (`bool`, *optional*): by default as the account has it.
         task (`int`): the first task that the run will push.
+        license (`str`, *optional*): of the models; with one that the Hub does not know, it refuses every card.
         timeout (`float`): seconds without an answer after which a request is given up.
 
     Raises:
-        ConfigError: for a token or a name that will not do.
+        ConfigError: for a token, a name or a license that will not do.
         DataError: when the endpoint does not answer.
     """
     with client_timeout(timeout):
         full = full_model_id(hub_model_id, token)
+        if license is not None:
+            _check_license(license, full, open_api(token).token)
         _create_repo(open_api(token), task_repo_id(full, task), private)
     return full
+
+
+def _check_license(license: str, hub_model_id: str, token: str) -> None:
+    card = ModelCard(f"---\nlicense: {json.dumps(license)}\n---\n", ignore_metadata_errors=True)
+    try:
+        retry(card.validate, hub_model_id)
+    except CLIENT_ERRORS as error:
+        if http_error(error) is None or http_error(error).response.status_code == 400:
+            raise ConfigError(
+                f"license is {license!r}, which {constants.ENDPOINT} refuses: {first_line(error)}"
+            ) from None
+        raise fault(error, hub_model_id, token) from None
 
 
 def _create_repo(api: HfApi, repo_id: str, private: bool | None) -> None:

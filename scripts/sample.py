@@ -31,6 +31,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Returns the options, from the command line by default."""
     parser = argparse.ArgumentParser(description="Samples images of given classes from a trained model.")
     parser.add_argument("--model", required=True, help="A task folder of a run (`runs/digits/task-04`) or a Hub repo.")
+    parser.add_argument("--revision", default=None, help="Branch, tag or commit of that repo.")
     parser.add_argument(
         "--classes",
         nargs="+",
@@ -46,13 +47,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def load_pipeline(model: str, device: str | None) -> ClassConditionalPipeline:
+def load_pipeline(model: str, device: str | None, revision: str | None = None) -> ClassConditionalPipeline:
     """Returns the pipeline of a task folder or Hub repo, on its device. No code from the folder or repo is run."""
     if Path(model, "task-00").is_dir():
         tasks = ", ".join(str(path) for path in sorted(Path(model).glob("task-*")))
         raise ConfigError(f"--model {model} is the folder of a run, pass one of its tasks: {tasks}")
     try:
-        pipeline = ClassConditionalPipeline.from_pretrained(model, use_safetensors=True)
+        pipeline = ClassConditionalPipeline.from_pretrained(model, revision=revision, use_safetensors=True)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"--model {model} cannot be loaded: {first_line(error)}") from error
     # diffusers only warns of tensors that are not in the file, and leaves them without data.
@@ -83,7 +84,7 @@ def sample(args: argparse.Namespace) -> Path:
         ConfigError: for classes that the model does not know (with those that it does), more steps than it was trained
             with, and a device that is not there.
     """
-    pipeline = load_pipeline(args.model, args.device)
+    pipeline = load_pipeline(args.model, args.device, args.revision)
     known = pipeline.known_classes
     names = list(known.values())
     # A number that is no name is an id.

@@ -30,9 +30,9 @@ def patterns() -> torch.Tensor:
     """Returns the image of each class, `(3, 1, 8, 8)` in [-1, 1]: bright at the top, at the left, in the middle."""
     ramp = torch.linspace(1, -1, 8)
     hill = 1 - 2 * ramp.abs()
-    return torch.stack([ramp[:, None].expand(8, 8), ramp.expand(8, 8), torch.maximum(hill[:, None] + hill, -torch.ones(()))])[
-        :, None
-    ].clamp(-1, 1)
+    return torch.stack(
+        [ramp[:, None].expand(8, 8), ramp.expand(8, 8), torch.maximum(hill[:, None] + hill, -torch.ones(()))]
+    )[:, None].clamp(-1, 1)
 
 
 def draw(class_labels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -11,6 +11,8 @@ from hub_store import MADE, HubError
 
 REPO = r"(?P<repo_id>[\w.-]+/[\w.-]+)"
 ROUTES = []
+# Some of those that the Hub knows.
+LICENSES = ("apache-2.0", "mit", "other")
 
 
 def route(methods: str, pattern: str):
@@ -43,7 +45,11 @@ def create_repo(hub, request, user, query):
 
 @route("POST", "/api/validate-yaml")
 def validate_yaml(hub, request, user, query):
-    if json.loads(request.body)["content"].startswith("---\n"):
+    content = json.loads(request.body)["content"]
+    found = re.search(r"^license: (.*)$", content, re.MULTILINE)
+    if found and found[1].strip("'\"") not in LICENSES:
+        raise HubError(400, 'Metadata validation error: "license" must be one of [apache-2.0, mit, other, ...]')
+    if content.startswith("---\n"):
         return {"errors": [], "warnings": []}
     return {"errors": [], "warnings": [{"message": "empty or missing yaml metadata in repo card"}]}
 

@@ -207,3 +207,11 @@ def test_experiments_lie_over_the_digits(overlay):
     config = parse_config(["--config", DIGITS, "--config", str(overlay)])
     expected = yaml.safe_load(overlay.read_text())
     assert {key: getattr(config, key) for key in expected} == expected
+
+
+def test_a_token_is_never_written():
+    config = parse_config(
+        ["--dataset_name", "digits", "--classes_per_task", "2", "--push_to_hub", "--hub_token", "hf_x"]
+    )
+    assert config.hub_token == "hf_x" and config.push_to_hub
+    assert "hf_x" not in to_yaml(config) and "hub_token" not in to_yaml(config)

@@ -129,6 +129,14 @@ def test_access_is_checked_and_the_first_repo_made(hub, client):
     assert client("huggingface_hub.get_session().timeout.read") is None
 
 
+def test_a_license_that_the_hub_refuses_stops_before_training(hub, client):
+    # It would refuse every card, and so every push.
+    with pytest.raises(ClientError, match="^ConfigError: license is 'apache', which http.* refuses: .*must be one of"):
+        check(client, "me/licensed", license="apache")
+    assert "me/licensed-task-00" not in hub.store.repos
+    assert check(client, "me/licensed", license="mit") == "me/licensed"
+
+
 def test_a_token_or_name_that_will_not_do_is_one_sentence(hub, client):
     hub.add_token("hf_reader", role="read")
     hub.add_token("hf_member", name="her", orgs={"lab": "write", "club": "read"})
