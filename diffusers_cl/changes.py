@@ -1,23 +1,23 @@
 """
 What became of classes and tasks between two models that sampled from the same noise, held against the chance in it.
 
-The interval of a change is the change plus or minus z standard deviations over resamplings of the images: images from the
-same noise stay pairs, and z is that of the confidence divided by the number of comparisons (Bonferroni). Percentiles would
-take resamplings in proportion to that number, and on simulated models without a difference they were wrong more often (these
-in at most 5 % of gates, from 20 images a class on).
+The interval of a change is the change plus or minus t standard deviations over resamplings of the images: images from the
+same noise stay pairs, and t is Student's for the number of images of a class, at the confidence divided by the number of
+comparisons (Bonferroni). Percentiles would take resamplings in proportion to that number, and on simulated models without a
+difference they were wrong more often.
 """
 
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import torch
+from scipy.special import stdtrit
 
 from .metrics import Statistics
 from .randomness import generator
 from .references import References
 
 
-# Intervals of shares are too short with fewer images a class.
+# With fewer images a class, intervals of accuracies are too short.
 MIN_IMAGES = 20
 # A task's distance is an eigenvalue problem for every resampling.
 MAX_TASK_RESAMPLINGS = 200
@@ -30,18 +30,23 @@ class Judge:
 
     Args:
         num_comparisons (`int`): how many changes are looked at.
+        num_images (`int`): of the class with the fewest.
         confidence (`float`): in (0, 1), that all of their intervals together have.
         max_regression (`float`): how much worse is tolerated: this share of the old distance, or this much accuracy.
     """
 
     num_comparisons: int
+    num_images: int
     confidence: float
     max_regression: float
 
     @property
-    def z(self) -> float:
-        """Half the length of an interval, in standard deviations."""
-        return NormalDist().inv_cdf(1 - (1 - self.confidence) / (2 * self.num_comparisons))
+    def num_deviations(self) -> float:
+        """Half the length of an interval, in standard deviations over resamplings."""
+        degrees = self.num_images - 1
+        student = float(stdtrit(degrees, 1 - (1 - self.confidence) / (2 * self.num_comparisons)))
+        # Resamplings spread as if the images were all there is.
+        return student * (self.num_images / degrees) ** 0.5
 
     def __call__(self, old: torch.Tensor, new: torch.Tensor, higher_is_better: bool) -> dict:
         """
@@ -53,7 +58,7 @@ class Judge:
             higher_is_better (`bool`): of an accuracy, and not of a distance.
         """
         changes = new - old
-        change, half = changes[0].item(), self.z * changes[1:].std().item()
+        change, half = changes[0].item(), self.num_deviations * changes[1:].std().item()
         worsening = -change if higher_is_better else change
         tolerance = self.max_regression * (1.0 if higher_is_better else old[0].item())
         if worsening - half > tolerance:
@@ -145,7 +150,8 @@ def compare(
     seed: int = 0,
 ) -> dict:
     """
-    Returns what became of every class and of every task: `{"num_comparisons", "z", "classes", "tasks"}`, the last two lists
+    Returns what became of every class and of every task: `{"num_comparisons", "num_deviations", "classes", "tasks"}`, the last two
+    lists
     of `{"name", "distance", "accuracy"}` with what a [`Judge`] says; `accuracy` is `None` where it is not known.
 
     A class's distance is [`class_distances`], because few images have no covariance; a task's is [`task_distances`].
@@ -160,7 +166,8 @@ def compare(
     """
     tasks = [list(labels) for labels in references.labels]
     recognised = [all(name in predictions for name in names) for names in tasks]
-    judge = Judge(len(features) + len(predictions) + len(tasks) + sum(recognised), confidence, max_regression)
+    num_comparisons = len(features) + len(predictions) + len(tasks) + sum(recognised)
+    judge = Judge(num_comparisons, min(len(old) for old, _ in features.values()), confidence, max_regression)
     counts, correct, classes = {}, {}, []
     for name, (old, new) in features.items():
         counts[name] = resampling_counts(len(old), resamplings, seed, name)
@@ -186,4 +193,9 @@ def compare(
         if recognised[task]:
             found = [sum(share[name] * correct[name][side] for name in names) for side in (0, 1)]
             rows[-1]["accuracy"] = judge(*found, higher_is_better=True)
-    return {"num_comparisons": judge.num_comparisons, "z": judge.z, "classes": classes, "tasks": rows}
+    return {
+        "num_comparisons": judge.num_comparisons,
+        "num_deviations": judge.num_deviations,
+        "classes": classes,
+        "tasks": rows,
+    }

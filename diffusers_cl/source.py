@@ -1,5 +1,6 @@
 """A class-conditional model as it is found, in a folder or on the Hub: what it is, what its classes are called."""
 
+import inspect
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +71,7 @@ def _check_unet_config(where: str, config: dict) -> None:
         raise ConfigError(
             f"{where}: class_embed_type is {config['class_embed_type']!r}; allowed: null, which is a table with a row a class"
         )
-    if config.get("num_class_embeds") is None:
+    if not config.get("num_class_embeds"):
         raise ConfigError(
             f"{where} has no class embedding (num_class_embeds is not set): it cannot be asked for a class"
         )
@@ -123,12 +124,16 @@ def _load_scheduler(where: str, config: dict) -> DDIMScheduler:
         raise ConfigError(
             f"{where}: the scheduler's prediction_type is {prediction!r}; allowed: {', '.join(PREDICTION_TYPES)}"
         )
+    known = inspect.signature(DDIMScheduler).parameters
     try:
-        return DDIMScheduler.from_config(config)
+        scheduler = DDIMScheduler.from_config({key: value for key, value in config.items() if key in known})
     except (NotImplementedError, ValueError, TypeError) as error:
         raise ConfigError(
             f"{where}: DDIMScheduler cannot have the scheduler's settings: {first_line(error)}"
         ) from error
+    if len(scheduler.alphas_cumprod) != NUM_TRAIN_TIMESTEPS:
+        raise ConfigError(f"{where}: the scheduler's trained_betas are not {NUM_TRAIN_TIMESTEPS}")
+    return scheduler
 
 
 def check_labels(where: str, labels: list | dict, num_rows: int) -> dict[int, str]:
@@ -157,8 +162,8 @@ def check_labels(where: str, labels: list | dict, num_rows: int) -> dict[int, st
             raise ConfigError(
                 f"{where}: row {row} is named {name!r}; allowed: text, in quotes where it could be something else"
             )
-        if str(name) in result.values():
-            raise ConfigError(f"{where}: the name {str(name)!r} stands there twice")
+        if str(name) in result.values() or int(row) in result:
+            raise ConfigError(f"{where}: row {row}, {str(name)!r}: that row or name stands there twice")
         result[int(row)] = str(name)
     return result
 

@@ -7,19 +7,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import huggingface_hub
-from huggingface_hub import constants
-from huggingface_hub.errors import (
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RemoteEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import RemoteEntryNotFoundError
 
 from .config import OPERATIONAL_KEYS, TrainingConfig
-from .endpoint import CLIENT_ERRORS, REQUEST_TIMEOUT, client_timeout, retry
-from .errors import CheckpointError, ConfigError, DataError, RunError, first_line
+from .errors import CheckpointError, ConfigError, DataError, RunError
+from .fetch import hub_faults, pinned
 from .files import MANIFEST_NAME, publish_folder, write_json
 from .folders import CONSOLIDATION, MEMORY_NAME, START_NAME, STATE_NAME, read_task_state, task_folder
 
@@ -86,36 +78,15 @@ class Start:
 def _download(model: str, revision: str | None, token: str | None, cache_dir: str | None) -> tuple[Path, str | None]:
     """The folder of a repo's snapshot with the files of a task, and its commit."""
     where = f"{model} at revision {revision}" if revision else model
-    options = {"token": token, "cache_dir": cache_dir}
-    try:
-        # Asked first: a snapshot that cannot be asked for is taken from the cache, however old, without a word.
-        offline, commit = constants.HF_HUB_OFFLINE, None
-        if not offline:
-            with client_timeout(REQUEST_TIMEOUT):
-                commit = retry(lambda: huggingface_hub.model_info(model, revision=revision, token=token), where).sha
-        wanted = {"repo_id": model, "revision": commit or revision, "local_files_only": offline, **options}
+    with hub_faults(where):
+        options, commit = pinned(model, revision, token, cache_dir)
         try:
-            huggingface_hub.hf_hub_download(filename=f"{CONSOLIDATION}/{STATE_NAME}", **wanted)
+            huggingface_hub.hf_hub_download(filename=f"{CONSOLIDATION}/{STATE_NAME}", **options)
         except RemoteEntryNotFoundError as error:
             raise ConfigError(f"{where} {NO_TASK}") from error
-        manifest = huggingface_hub.hf_hub_download(filename=f"{CONSOLIDATION}/{MANIFEST_NAME}", **wanted)
+        manifest = huggingface_hub.hf_hub_download(filename=f"{CONSOLIDATION}/{MANIFEST_NAME}", **options)
         names = [*_listed_files(Path(manifest), where), f"{CONSOLIDATION}/{MANIFEST_NAME}"]
-        return Path(huggingface_hub.snapshot_download(allow_patterns=names, **wanted)), commit
-    except RunError:
-        raise
-    except RevisionNotFoundError as error:
-        raise ConfigError(f"{where}: the repo has no such branch, tag or commit") from error
-    except RepositoryNotFoundError as error:
-        raise ConfigError(
-            f"{where}: no such folder here and no such repo, or a private one that hub_token (or `hf auth login`) does"
-            " not open"
-        ) from error
-    except HFValidationError as error:
-        raise ConfigError(f"{where}: no such folder here, and no name of a repo") from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        raise DataError(f"{where}: not in the cache, and the Hub cannot be reached: {first_line(error)}") from error
-    except CLIENT_ERRORS as error:
-        raise DataError(f"{where} cannot be fetched: {first_line(error)}") from error
+        return Path(huggingface_hub.snapshot_download(allow_patterns=names, **options)), commit
 
 
 def _listed_files(manifest: Path, where: str) -> list[str]:

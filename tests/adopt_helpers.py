@@ -107,17 +107,26 @@ def names_file(folder: Path, names: list[str] | dict = NAMES) -> str:
     return str(folder / "labels.json")
 
 
-def edited(folder: Path, copy: Path, edit: Callable[[dict], None], id2label: dict[int, str] | None = None) -> Path:
-    """Copies a task folder with other weights, whole: `edit` is called with the network's tensors."""
+def edited(
+    folder: Path,
+    copy: Path,
+    weights: Callable[[dict], None] | None = None,
+    files: dict[str, Callable[[dict], None]] | None = None,
+) -> Path:
+    """
+    Copies a task folder with other content, whole: `weights` is called with the network's tensors, and those of `files`
+    with what JSON files hold.
+    """
     shutil.copytree(folder, copy)
-    weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
-    tensors = load_file(weights)
-    edit(tensors)
-    save_file(tensors, weights, {"format": "pt"})
-    if id2label is not None:
-        index = json.loads((copy / "model_index.json").read_text())
-        index["id2label"] = {str(class_id): name for class_id, name in id2label.items()}
-        (copy / "model_index.json").write_text(json.dumps(index))
+    path = copy / "unet" / "diffusion_pytorch_model.safetensors"
+    if weights is not None:
+        tensors = load_file(path)
+        weights(tensors)
+        save_file(tensors, path, {"format": "pt"})
+    for name, edit in (files or {}).items():
+        content = json.loads((copy / name).read_text())
+        edit(content)
+        (copy / name).write_text(json.dumps(content))
     manifest = copy / "consolidation" / "manifest.json"
     names = json.loads(manifest.read_text())["sha256"]
     manifest.write_text(json.dumps({"sha256": {name: file_sha256(copy / name) for name in names}}))

@@ -1,12 +1,10 @@
 """What a change means: distances of resampled images against explicit ones, intervals, and how often chance fails a model."""
 
-from statistics import NormalDist
-
 import pytest
 import torch
+from scipy.stats import t as student
 
 from diffusers_cl.changes import (
-    MAX_TASK_RESAMPLINGS,
     MIN_IMAGES,
     Judge,
     class_distances,
@@ -96,29 +94,30 @@ def test_classes_count_by_their_share_of_the_real_images():
     ],
 )
 def test_verdicts(change, tolerance, verdict):
-    # An old value of 10, and an interval of the change plus or minus 1.96.
+    # An old value of 10, and an interval of the change plus or minus 1.96, because there are many images.
     spread = torch.randn(1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     spread = (spread - spread.mean()) / spread.std()
     old = torch.full((1001,), 10.0, dtype=torch.float64)
     new = old + change + torch.cat([torch.zeros(1, dtype=torch.float64), spread])
-    found = Judge(1, 0.95, tolerance)(old, new, higher_is_better=False)
+    found = Judge(1, 10**6, 0.95, tolerance)(old, new, higher_is_better=False)
     assert found["verdict"] == verdict and (found["old"], found["new"]) == (10.0, 10.0 + change)
     assert found["change"] == pytest.approx(change)
     assert found["interval"] == pytest.approx([change - 1.95996, change + 1.95996], abs=1e-4)
     # Accuracies: less is worse, and the tolerance is a difference.
-    found = Judge(1, 0.95, 10 * tolerance)(old, old - (new - old), higher_is_better=True)
+    found = Judge(1, 10**6, 0.95, 10 * tolerance)(old, old - (new - old), higher_is_better=True)
     assert found["verdict"] == verdict and found["change"] == pytest.approx(-change)
 
 
 def test_intervals_are_longer_with_more_comparisons():
-    assert Judge(1, 0.95, 0.0).z == pytest.approx(1.95996, abs=1e-5)
-    assert Judge(20, 0.95, 0.0).z == pytest.approx(NormalDist().inv_cdf(1 - 0.05 / 40))
+    assert Judge(1, 10**6, 0.95, 0.0).num_deviations == pytest.approx(1.95996, abs=1e-4)
+    expected = student.ppf(1 - 0.05 / 40, df=24) * (25 / 24) ** 0.5
+    assert Judge(20, 25, 0.95, 0.0).num_deviations == pytest.approx(expected)
     references = references_of([{"cat": 30, "dog": 30}, {"bird": 30}], 4)
     features = {name: (random_features(20, 4, 7),) * 2 for name in ("cat", "dog", "bird")}
     predictions = {name: ([name] * 20,) * 2 for name in ("cat", "bird")}
     result = compare(features, predictions, references, resamplings=100)
     # Distances of three classes and two tasks; accuracies of two classes and of the task whose classes all have one.
-    assert result["num_comparisons"] == 8 and result["z"] == Judge(8, 0.95, 0.0).z
+    assert result["num_comparisons"] == 8 and result["num_deviations"] == Judge(8, 20, 0.95, 0.0).num_deviations
     assert [row["name"] for row in result["classes"]] == ["cat", "dog", "bird"]
     assert [row["accuracy"] is None for row in result["classes"]] == [False, True, False]
     assert [row["name"] for row in result["tasks"]] == ["task-00", "task-01"]
@@ -137,7 +136,7 @@ def test_accuracy_of_a_task_weighs_classes_as_the_real_images_do():
     assert (cat["change"], cat["interval"], cat["verdict"]) == (0.0, [0.0, 0.0], "same")
     assert (dog["old"], dog["new"], dog["verdict"]) == (1.0, 0.5, "worse")
     # The standard error of a share of a half, from 20 images.
-    assert dog["interval"][1] - dog["change"] == pytest.approx(result["z"] * (0.25 / 20) ** 0.5, rel=0.15)
+    assert dog["interval"][1] - dog["change"] == pytest.approx(result["num_deviations"] * (0.25 / 20) ** 0.5, rel=0.15)
     assert result["tasks"][0]["accuracy"]["change"] == pytest.approx(-0.125)
 
 
@@ -155,7 +154,7 @@ def test_images_from_the_same_noise_are_pairs():
 def test_chance_seldom_fails_a_model():
     """Of models that differ by chance alone, few may fail: 5 % are promised. Without a correction many would."""
     references = references_of([{"a": 50, "b": 50, "c": 50}], 4)
-    num_gates, failed, uncorrected = 60, 0, 0
+    num_gates, failed, uncorrected = 40, 0, 0
     for gate in range(num_gates):
         features, predictions = {}, {}
         for index, name in enumerate("abc"):
@@ -164,12 +163,12 @@ def test_chance_seldom_fails_a_model():
             features[name] = tuple(shared + 0.5 * side + index for side in own)
             right = torch.rand(2, MIN_IMAGES, generator=generator) < 0.8
             predictions[name] = tuple([name if one else "other" for one in side] for side in right.tolist())
-        result = compare(features, predictions, references, resamplings=MAX_TASK_RESAMPLINGS)
+        result = compare(features, predictions, references, resamplings=100)
         measured = [row[key] for row in [*result["classes"], *result["tasks"]] for key in ("distance", "accuracy")]
         failed += any(one["verdict"] == "worse" for one in measured)
         for row in [*result["classes"], *result["tasks"]]:
             for key, sign in (("distance", 1), ("accuracy", -1)):
-                half = (row[key]["interval"][1] - row[key]["change"]) / result["z"] * 1.96
+                half = (row[key]["interval"][1] - row[key]["change"]) / result["num_deviations"] * 1.96
                 row[key] = sign * row[key]["change"] - half > 0
         uncorrected += any(
             row[key] for row in [*result["classes"], *result["tasks"]] for key in ("distance", "accuracy")

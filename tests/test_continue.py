@@ -8,6 +8,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from script_helpers import arguments, finished_run, run, write_images
+from transformers import ConvNextImageProcessor, ResNetConfig, ResNetForImageClassification
 
 from diffusers_cl.arguments import parse_config
 from diffusers_cl.config import SECRET_KEYS, TrainingConfig
@@ -90,6 +91,27 @@ def test_old_columns_of_the_matrix_are_measured_without_old_data(plain_run, cont
     assert len(after["fisher"]) == 3 and after["fisher"][:2] == before["fisher"]
     report = (continued / "run" / "report.md").read_text()
     assert "n/a" in report and "None" not in report.split("<details><summary>Configuration")[0]
+
+
+def test_a_classifier_of_all_classes_may_be_given_for_accuracy(continued, files, tmp_path):
+    config = ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic", num_labels=12)
+    names = [*map(str, range(10)), "10", "apple"]
+    config.id2label, config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
+    ResNetForImageClassification(config).save_pretrained(tmp_path / "judge")
+    ConvNextImageProcessor(size={"shortest_edge": 32}, crop_pct=1.0).save_pretrained(tmp_path / "judge")
+    options = {"train_data_dir": continued / "data", "eval_classifier": tmp_path / "judge"}
+    assert run(go_on(continued / "model", tmp_path / "run", **options)) == 0
+    metrics, before = (read_json(folder / "run" / "metrics.json") for folder in (tmp_path, continued))
+    # Distances are those of the extractor all the same.
+    assert metrics["metrics"]["fd_features"] == before["metrics"]["fd_features"]
+    assert None not in metrics["metrics"]["accuracy"]["matrix"][-1] and set(metrics["class_accuracy"][-1]) == {
+        *("0", "1", "2", "3", "10", "apple")
+    }
+    # What it takes the old real images for is not known.
+    assert [value is None for value in metrics["metrics"]["kld"]["matrix"][-1]] == [True, True, False]
+    assert (
+        metrics["feature_extractor_info"]["eval_classifier"]["sha256"] != metrics["feature_extractor_info"]["sha256"]
+    )
 
 
 def test_all_earlier_classes_are_replayed_from_the_loaded_model(continued):

@@ -11,8 +11,8 @@ from diffusers_cl import classifier
 from diffusers_cl.arguments import parse_config
 from diffusers_cl.classifier import train_classifier
 from diffusers_cl.data import load_splits
-from diffusers_cl.errors import DataError
-from diffusers_cl.features import resolve_feature_extractor
+from diffusers_cl.errors import CheckpointError, DataError
+from diffusers_cl.features import load_classifier, load_extractor, resolve_feature_extractor, save_extractor
 from diffusers_cl.metrics import task_metrics
 
 
@@ -154,3 +154,36 @@ def test_inception_features_from_a_file(files, tmp_path, splits, monkeypatch):
     expected = network(images.repeat(1, 3, 1, 1))[0].double()
     assert torch.allclose(features, expected)
     assert set(task_metrics(features, features, extractor.name)) == {"fid", "kid", "recall"}
+
+
+def test_the_small_classifier_travels(splits, files, tmp_path):
+    config = parse_config(arguments(files, tmp_path / "run", feature_extractor="classifier"))
+    extractor = resolve_feature_extractor(config, splits[0], [str(digit) for digit in range(10)], CPU, True)
+    save_extractor(extractor, tmp_path)
+    loaded = load_extractor(tmp_path, extractor.info, config, CPU)
+    images = splits[1].decode(range(20))
+    features, predictions = extractor(images)
+    again, same = loaded(images)
+    assert torch.equal(features, again) and predictions == same
+    assert loaded.known_classes == extractor.known_classes == [str(digit) for digit in range(10)]
+    with pytest.raises(DataError, match="sha256 .* were measured with 0000"):
+        load_extractor(tmp_path, {**extractor.info, "sha256": "0" * 64}, config, CPU)
+    path = tmp_path / "extractor.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="cannot be read as a classifier"):
+        load_extractor(tmp_path, extractor.info, config, CPU)
+
+
+def test_another_network_is_not_the_extractor(files, tmp_path):
+    config = parse_config(arguments(files, tmp_path / "run"))
+    extractor = load_extractor(tmp_path, {"name": "elsewhere", "sha256": sha256_of(files)}, config, CPU)
+    assert extractor.name == str(files / "extractor")
+    with pytest.raises(DataError, match="feature_extractor: .* were measured with"):
+        load_extractor(tmp_path, {"name": "elsewhere", "sha256": "0" * 64}, config, CPU)
+    # It has its own names of classes and a file of its own is not kept.
+    save_extractor(extractor, tmp_path)
+    assert not list(tmp_path.glob("extractor*"))
+
+
+def sha256_of(files) -> str:
+    return load_classifier("feature_extractor", str(files / "extractor"), [], CPU).info["sha256"]

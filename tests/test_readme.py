@@ -13,6 +13,7 @@ import pytest
 from diffusers_cl.arguments import parse_config
 from diffusers_cl.comparison import compare
 from diffusers_cl.config import TrainingConfig
+from diffusers_cl.plots import format_number
 from diffusers_cl.report import read_json
 from diffusers_cl.results import load_run
 from diffusers_cl.tables import render_latex, render_markdown
@@ -119,3 +120,19 @@ def test_recognised_digits_are_those_of_the_committed_results():
 def test_the_time_of_the_demo_is_that_of_the_committed_run():
     seconds = json.loads((ROOT / "results" / "digits" / "demo.json").read_text())["run"]["seconds"]["total"]
     assert f"took {seconds / 60:.1f} minutes" in README
+
+
+def test_the_story_is_that_of_the_committed_run():
+    story = json.loads((ROOT / "results" / "story.json").read_text())
+    old, new = story["before"]["recognised"], [name for task in story["after"]["tasks"][3:] for name in task]
+    assert len(old) == 6 and len(new) == 4
+
+    def cells(name: str, run: str, row: int) -> str:
+        recognised = story[name]["recognised"]
+        spans = [[recognised[c] for c in classes if c in recognised] for classes in (old, new)]
+        distances = story[run]["matrix"][row][:3]
+        parts = [f"{min(span)} to {max(span)}" if span else "" for span in spans]
+        return f"| {parts[0]} | {parts[1]} | {format_number(sum(distances) / 3)} |"
+
+    for arguments in (("before", "after", 2), ("after", "after", 3), ("finetune", "finetune", 3)):
+        assert cells(*arguments) in README
