@@ -27,6 +27,7 @@ install_requires = [
     "pyyaml>=6.0.3",
     "safetensors>=0.8",
     "scikit-learn>=1.9",
+    "scipy>=1.17",
     "tensorboard>=2.21",
     "torch>=2.11",
     "torch-fidelity>=0.4.0",

@@ -560,6 +560,8 @@ def main(config: TrainingConfig, start: Start | None = None) -> None:
                     "seen_classes": seen,
                     "global_step": global_step,
                     "dataset": dataset_name(asdict(config)),
+                    # Of an adopted model they may be of its own samples.
+                    "references": start.state.get("references", "data") if start else "data",
                     "lineage": {"previous": previous_model(task, start, hub_model_id)},
                     "rows": rows,
                     "fisher": fisher,

@@ -236,6 +236,12 @@ def _limit_lines(name: str, state: dict, metrics: dict, config: TrainingConfig, 
         "It was trained to reproduce its data, with what bias and private content that has, and may come close to single "
         "images of it.",
     ]
+    if state.get("references", "data") != "data":
+        also = metrics["feature_extractor_info"].get("trained_on", "data") != "data"
+        lines.append(
+            f"task-00 was adopted without its data: it is measured against its own samples{', by a classifier trained on such' * also}"
+            ", and not against real images. Its column says how far a model is from what was adopted."
+        )
     recall = metrics["metrics"]["recall"]["matrix"][-1] if "recall" in metrics["metrics"] else []
     if kept := [f"task-{task:02d}" for task, value in enumerate(recall) if value is None]:
         lines.append(
@@ -282,7 +288,7 @@ def model_card(
         how += ", but for a few real images of every class that are kept"
     if previous := state["lineage"]["previous"]:
         revision = f" (revision {code_span(previous['revision'])})" if previous["revision"] else ""
-        how += f". It goes on from {code_span(portable_name(previous['model']))}{revision}"
+        how += f". It {'goes on' if state['task'] else 'was adopted'} from {code_span(portable_name(previous['model']))}{revision}"
     data = _metadata(dataset, name, state, measured, config, repo_id)
     command = f"--pretrained_model_name_or_path {shlex.quote(repo_id or 'path/to/this/folder')}"
     lines = [

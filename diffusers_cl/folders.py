@@ -29,17 +29,40 @@ def read_task_state(folder: str | Path) -> dict:
         CheckpointError: when the folder is not whole, or was written by a newer version of this package.
     """
     verify_folder(folder, CONSOLIDATION)
-    state = json.loads((Path(folder) / CONSOLIDATION / STATE_NAME).read_text())
-    if state["schema"] > SCHEMA:
-        raise CheckpointError(f"{folder} was written by diffusers-cl {state['version']}, this is {__version__}")
+    try:
+        state = json.loads((Path(folder) / CONSOLIDATION / STATE_NAME).read_text())
+        newer = state["schema"] > SCHEMA
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder}: {CONSOLIDATION}/{STATE_NAME} cannot be read: {error}") from error
+    if newer:
+        raise CheckpointError(f"{folder} was written by diffusers-cl {state.get('version')}, this is {__version__}")
     return state
+
+
+def read_start(output_dir: str | Path) -> dict | None:
+    """
+    Returns `start.json` of a run, `None` where it went on from nothing: `task`, `model`, `revision` (the commit) and `asked`
+    (the revision that was asked for).
+
+    Raises:
+        CheckpointError: when it cannot be read.
+    """
+    path = Path(output_dir) / START_NAME
+    try:
+        start = json.loads(path.read_text()) if path.exists() else None
+        if start is not None and not (
+            isinstance(start["task"], int) and {"model", "revision", "asked"} <= start.keys()
+        ):
+            raise ValueError("it is not what a run writes")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    return start
 
 
 def finished_tasks(output_dir: str | Path) -> list[dict]:
     """Returns the states of a run's task folders, from the first one, or the one that it went on from, to the last."""
-    start, first, states = Path(output_dir) / START_NAME, 0, []
-    if start.exists():
-        first = json.loads(start.read_text())["task"]
+    start, states = read_start(output_dir), []
+    first = start["task"] if start else 0
     while task_folder(output_dir, first + len(states)).exists():
         states.append(read_task_state(task_folder(output_dir, first + len(states))))
     return states

@@ -15,7 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from .endpoint import CLIENT_ERRORS, EndpointError, fault, open_api, retry
 from .errors import CheckpointError, ConfigError, PushPendingError, RunError
 from .files import MANIFEST_NAME, file_sha256, write_json
-from .folders import CONSOLIDATION, START_NAME, task_folder
+from .folders import CONSOLIDATION, read_start, task_folder
 from .task_repos import full_model_id, push_task_folder, task_repo_id
 
 
@@ -62,11 +62,8 @@ def missing_tasks(output_dir: str | Path, hub_model_id: str, revision: str | Non
         CheckpointError: when `push.json` or `start.json` cannot be read.
     """
     output_dir = Path(output_dir)
-    record, start, missing = read_record(output_dir)["tasks"], output_dir / START_NAME, []
-    try:
-        first = json.loads(start.read_text())["task"] + 1 if start.exists() else 0
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{start} cannot be read ({error})") from error
+    record, start, missing = read_record(output_dir)["tasks"], read_start(output_dir), []
+    first = start["task"] + 1 if start else 0
     numbers = [path.name.removeprefix("task-") for path in output_dir.glob("task-*") if path.is_dir()]
     for task in sorted(int(number) for number in numbers if number.isdecimal() and int(number) >= first):
         folder, wanted = task_folder(output_dir, task), task_repo_id(hub_model_id, task)

@@ -148,7 +148,9 @@ def _class_table(metrics: dict) -> list[str]:
         first = history[min(task, len(history) - 1)] or {}
         for name in (name for name in classes if name in history[-1] and name in first):
             then, now = first[name], history[-1][name]
-            rows.append(f"| {plain(name)} | task-{task:02d} | {then:.0%} | {now:.0%} | {round(100 * (now - then)):+d} |")
+            rows.append(
+                f"| {plain(name)} | task-{task:02d} | {then:.0%} | {now:.0%} | {round(100 * (now - then)):+d} |"
+            )
     rows = ["| class | task | when just learned | after the last task | change |", "|---|---|---|---|---|", *rows]
     if len(history[-1]) > MAX_OPEN_CLASSES:
         rows = [f"<details><summary>{len(history[-1])} classes</summary>", "", *rows, "", "</details>"]

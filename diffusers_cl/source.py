@@ -114,7 +114,7 @@ def _load_scheduler(where: str, config: dict) -> DDIMScheduler:
     """The scheduler with which the model is sampled and trained on, whatever it came with: same noise, same prediction."""
     kind = str(config.get("_class_name"))
     # What has sigmas or flows in place of betas names none.
-    if "beta_schedule" not in config and kind not in ("DDPMScheduler", "DDIMScheduler"):
+    if config.get("beta_schedule") is None and kind not in ("DDPMScheduler", "DDIMScheduler"):
         raise ConfigError(f"{where}: the scheduler {kind} has no schedule of betas; allowed: those of DDPM's kind")
     if config.get("use_flow_sigmas") or str(config.get("prediction_type")).startswith("flow"):
         raise ConfigError(f"{where}: the scheduler {kind} is set to flow matching; allowed: diffusion, as DDPM has it")
@@ -158,13 +158,14 @@ def check_labels(where: str, labels: list | dict, num_rows: int) -> dict[int, st
                 f"{where}: row {row!r}; allowed: whole numbers from 0 to {num_rows - 1}, which the model has"
             )
         # YAML takes an unquoted 7 for a number, and yes for a truth.
-        if isinstance(name, bool) or not isinstance(name, (str, int)) or not str(name).strip():
+        text = str(name)
+        if type(name) not in (str, int) or not text.strip() or not text.isprintable():
             raise ConfigError(
                 f"{where}: row {row} is named {name!r}; allowed: text, in quotes where it could be something else"
             )
-        if str(name) in result.values() or int(row) in result:
-            raise ConfigError(f"{where}: row {row}, {str(name)!r}: that row or name stands there twice")
-        result[int(row)] = str(name)
+        if text in result.values() or int(row) in result:
+            raise ConfigError(f"{where}: row {row}, {text!r}: that row or name stands there twice")
+        result[int(row)] = text
     return result
 
 

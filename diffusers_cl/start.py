@@ -13,7 +13,7 @@ from .config import OPERATIONAL_KEYS, TrainingConfig
 from .errors import CheckpointError, ConfigError, DataError, RunError
 from .fetch import hub_faults, pinned
 from .files import MANIFEST_NAME, publish_folder, write_json
-from .folders import CONSOLIDATION, MEMORY_NAME, START_NAME, STATE_NAME, read_task_state, task_folder
+from .folders import CONSOLIDATION, MEMORY_NAME, START_NAME, STATE_NAME, read_start, read_task_state, task_folder
 
 
 NO_TASK = (
@@ -24,6 +24,18 @@ NO_TASK = (
 ALLOWED_FILES = re.compile(
     r"model_index\.json|README\.md|samples\.png|pipeline\.py|funlora\.py|(unet|scheduler)/\w+\.json"
     r"|unet/diffusion_pytorch_model\.safetensors|consolidation/\w+\.(json|safetensors)"
+)
+# Of a state, what going on reads.
+STATE_KEYS = (
+    "task",
+    "tasks",
+    "class_ids",
+    "seen_classes",
+    "rows",
+    "fisher",
+    "floor",
+    "feature_extractor_info",
+    "config",
 )
 # A run's own: what it learns, on what machine, where it leaves its files.
 OWN_KEYS = (
@@ -120,14 +132,16 @@ def fetch_task(
     if Path(model, "task-00").is_dir():
         tasks = ", ".join(str(path) for path in sorted(Path(model).glob("task-*")))
         raise ConfigError(f"{model} is the folder of a run, name one of its tasks: {tasks}")
-    if not Path(model).is_dir():
+    folder, commit = Path(model), None
+    if not folder.is_dir():
         folder, commit = _download(model, revision, token, cache_dir)
-        return Start(folder, read_task_state(folder), model, commit)
-    folder = Path(model)
-    if not (folder / CONSOLIDATION / STATE_NAME).exists():
+    elif not (folder / CONSOLIDATION / STATE_NAME).exists():
         raise ConfigError(f"{model} {NO_TASK}")
     _listed_files(folder / CONSOLIDATION / MANIFEST_NAME, model)
-    return Start(folder, read_task_state(folder), model, None)
+    state = read_task_state(folder)
+    if missing := [key for key in STATE_KEYS if key not in state]:
+        raise CheckpointError(f"{model}: its state has no {missing[0]!r}; it is of a version that none can go on from")
+    return Start(folder, state, model, commit)
 
 
 def load_start(config: TrainingConfig) -> Start | None:
@@ -138,12 +152,10 @@ def load_start(config: TrainingConfig) -> Start | None:
     model = config.pretrained_model_name_or_path
     if model is None:
         return None
-    kept = Path(config.output_dir) / START_NAME
-    if kept.exists() and not config.overwrite_output_dir:
-        found = json.loads(kept.read_text())
-        if (found["model"], found["asked"]) == (model, config.revision):
-            folder = task_folder(config.output_dir, found["task"])
-            return Start(folder, read_task_state(folder), model, found["revision"])
+    kept = None if config.overwrite_output_dir else read_start(config.output_dir)
+    if kept is not None and (kept["model"], kept["asked"]) == (model, config.revision):
+        folder = task_folder(config.output_dir, kept["task"])
+        return Start(folder, read_task_state(folder), model, kept["revision"])
     try:
         start = fetch_task(model, config.revision, config.hub_token, config.cache_dir)
     except RunError as error:

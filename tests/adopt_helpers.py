@@ -20,6 +20,7 @@ from diffusers_cl.files import file_sha256
 from diffusers_cl.source import open_source
 
 
+UNET = "unet/diffusion_pytorch_model.safetensors"
 NAMES = ["cat", "dog", "bird"]
 CPU = torch.device("cpu")
 # Of an adopted folder: sampling and measuring are as short as they can be.
@@ -107,6 +108,16 @@ def names_file(folder: Path, names: list[str] | dict = NAMES) -> str:
     return str(folder / "labels.json")
 
 
+def changed(model: Path, copy: Path, **files: dict) -> Path:
+    """Copies a plain model with other JSON files: `unet`, `scheduler` or `index` get these values."""
+    shutil.copytree(model, copy)
+    names = {"unet": "unet/config.json", "scheduler": "scheduler/scheduler_config.json", "index": "model_index.json"}
+    for key, values in files.items():
+        content = json.loads((copy / names[key]).read_text()) | values
+        (copy / names[key]).write_text(json.dumps(content))
+    return copy
+
+
 def edited(
     folder: Path,
     copy: Path,
@@ -118,7 +129,7 @@ def edited(
     with what JSON files hold.
     """
     shutil.copytree(folder, copy)
-    path = copy / "unet" / "diffusion_pytorch_model.safetensors"
+    path = copy / UNET
     if weights is not None:
         tensors = load_file(path)
         weights(tensors)

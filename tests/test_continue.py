@@ -227,7 +227,13 @@ def test_damaged_and_newer_and_strange_folders(plain_run, tmp_path):
         state = read_json(folder / "consolidation" / "state.json")
         (folder / "consolidation" / "state.json").write_text(json.dumps({**state, "schema": 99, "version": "9.9"}))
 
+    def older(folder):
+        state = read_json(folder / "consolidation" / "state.json")
+        (folder / "consolidation" / "state.json").write_text(json.dumps({k: state[k] for k in state if k != "floor"}))
+
     faults = {
+        "its state has no 'floor'": copy("older", older),
+        "state.json cannot be read": copy("no state", lambda f: (f / "consolidation" / "state.json").write_text("[]")),
         "was written by diffusers-cl 9.9": copy("newer", newer),
         "'notes.pkl' is no file of a task folder": copy("strange", lambda f: (f / "notes.pkl").write_bytes(b"x")),
         "unet/diffusion_pytorch_model.safetensors is damaged": copy("tampered"),
@@ -245,6 +251,13 @@ def test_damaged_and_newer_and_strange_folders(plain_run, tmp_path):
     manifest.write_text(json.dumps({"sha256": {**sums, "../../etc/passwd": "0"}}))
     with pytest.raises(Exception, match="is no file of a task folder"):
         load_start(config(tmp_path / "outside"))
+
+
+def test_a_damaged_start_is_one_sentence(continued, tmp_path, capsys):
+    shutil.copytree(continued / "run", tmp_path / "run")
+    (tmp_path / "run" / "start.json").write_text('{"task": ')
+    assert run(go_on(continued / "model", tmp_path / "run", train_data_dir=continued / "data")) == 4
+    assert "start.json cannot be read" in capsys.readouterr().err
 
 
 def test_keys_of_going_on_need_a_start():

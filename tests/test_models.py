@@ -25,7 +25,9 @@ def build(tiny_model_config):
 
     def create(class_names: list[str], channels: int = 1, **options) -> UNet2DModel:
         config = TrainingConfig(model_config_name_or_path=str(tiny_model_config), resolution=8, **options)
-        return create_unet(load_unet_config(config), channels, {name: row for row, name in enumerate(class_names)}, config)
+        return create_unet(
+            load_unet_config(config), channels, {name: row for row, name in enumerate(class_names)}, config
+        )
 
     return create
 
