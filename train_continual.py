@@ -48,7 +48,6 @@ from diffusers_cl.hub import write_task_folder
 from diffusers_cl.losses import denoising_losses, training_target
 from diffusers_cl.methods import create_penalty, create_replay
 from diffusers_cl.models import create_unet, load_unet_config
-from diffusers_cl.names import dataset_name
 from diffusers_cl.output import check_output_dir, write_status
 from diffusers_cl.pipeline import ClassConditionalPipeline, from_uint8
 from diffusers_cl.plots import format_number
@@ -59,7 +58,7 @@ from diffusers_cl.replay import replay_weights
 from diffusers_cl.replay_images import extend_memory, replay_images_for_task
 from diffusers_cl.report import write_report
 from diffusers_cl.sampling import image_grid, sample_images
-from diffusers_cl.start import Start, check_start, copy_start, extend_stream, load_start
+from diffusers_cl.start import Start, check_start, copy_start, dataset_names, extend_stream, load_start, take_over
 from diffusers_cl.starvation import PenaltyShare
 from diffusers_cl.task_repos import check_hub_access, task_repo_id
 from diffusers_cl.tasks import StepBatches, TaskImages, keep_batch, resolve_tasks
@@ -128,7 +127,7 @@ def main(config: TrainingConfig, start: Start | None = None) -> None:
         tasks = resolve_tasks(config, train_split, test_split)
     class_ids = {name: class_id for class_id, name in enumerate(name for names in tasks for name in names)}
     if start is not None:
-        tasks, class_ids = extend_stream(start, tasks, config)
+        tasks, class_ids = extend_stream(start, tasks, config, train_split.channels * config.resolution**2)
     # One training phase a task; a joint run has one for all of them.
     if config.stream == "joint":
         phases, num_tasks_seen = [list(class_ids)], [len(tasks)]
@@ -148,6 +147,8 @@ def main(config: TrainingConfig, start: Start | None = None) -> None:
     if start is not None:
         noise_scheduler = DDIMScheduler.from_pretrained(start.folder, subfolder="scheduler")
     replay, penalty = create_replay(config), create_penalty(config, logger.warning)
+    if start is not None:
+        take_over(start, unet, penalty, config, logger.warning)
 
     # Handle the output folder
     if accelerator.is_main_process:
@@ -179,12 +180,11 @@ def main(config: TrainingConfig, start: Start | None = None) -> None:
         checkpoint = newest_checkpoint(output_dir, first_task, logger.warning)
     rows, fisher = (states[-1]["rows"], states[-1]["fisher"]) if states else ([], [])
     global_step = states[-1]["global_step"] if states else 0
-    if states:
+    if states and not (start is not None and first_task == start.task + 1):
         previous = task_folder(output_dir, first_task - 1)
-        is_start = start is not None and first_task - 1 == start.task
-        load_weights(unet, previous, list(start.class_ids.values()) if is_start else None)
-        if penalty is not None and not restore_penalty(penalty, previous / CONSOLIDATION, unet):
-            logger.warning(f"{previous} has no penalty: what was learned until then is not held by one")
+        load_weights(unet, previous)
+        if penalty is not None:
+            restore_penalty(penalty, previous / CONSOLIDATION, unet)
         logger.info(f"Going on after {previous}")
 
     # Finished tasks are pushed while the next one trains.
@@ -238,11 +238,9 @@ def main(config: TrainingConfig, start: Start | None = None) -> None:
             with record.phase("replay"):
                 # Real images need none.
                 teacher = None if replay.source == "memory" else copy.deepcopy(unet).eval().requires_grad_(False)
-                # A class that was learned twice is replayed once.
-                known = {name: learned for learned in reversed(range(task)) for name in tasks[learned]}
-                earlier = [
-                    [class_ids[n] for n in names if known[n] == learned] for learned, names in enumerate(tasks[:task])
-                ]
+                # A class that was learned twice is replayed once, as it was learned last.
+                last = {name: learned for learned in range(task) for name in tasks[learned]}
+                earlier = [[class_ids[n] for n in tasks[t] if last[n] == t] for t in range(task)]
                 if replay.source == "generated":
                     images, class_labels, num_generated = replay_images_for_task(
                         output_dir,
@@ -512,6 +510,7 @@ def main(config: TrainingConfig, start: Start | None = None) -> None:
                 "version": __version__,
                 "tasks": tasks,
                 "stream": config.stream,
+                "first_task": 0 if start is None else start.task + 1,
                 **evaluation.report(rows),
                 "fisher": fisher,
                 "config": {key: value for key, value in asdict(config).items() if key not in OPERATIONAL_KEYS},
@@ -559,7 +558,7 @@ def main(config: TrainingConfig, start: Start | None = None) -> None:
                     "class_ids": class_ids,
                     "seen_classes": seen,
                     "global_step": global_step,
-                    "dataset": dataset_name(asdict(config)),
+                    "dataset": dataset_names(start, config),
                     # Of an adopted model they may be of its own samples.
                     "references": start.state.get("references", "data") if start else "data",
                     "lineage": {"previous": previous_model(task, start, hub_model_id)},

@@ -72,7 +72,10 @@ def parse_config(arguments: list[str] | None = None, inherited: dict | None = No
     parser = _Parser(prog="train_continual.py", description=about, exit_on_error=False, print_config=None)
     parser.add_argument("--config", action="config", help="a YAML file; may be repeated, a later one wins")
     parser.add_class_arguments(TrainingConfig, as_group=False)
-    parser.set_defaults(inherited or {})
+    if inherited:
+        # From a file like any other: its types are checked.
+        parser.parse_object(inherited)
+        parser.set_defaults(inherited)
     try:
         namespace = parser.parse_args([part for file in files for part in ("--config", file)] + rest)
     except ArgumentError as error:

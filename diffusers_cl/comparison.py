@@ -53,7 +53,9 @@ def stored_bytes(run: Run) -> int | None:
 
 def generated_images(run: Run) -> int | None:
     """Returns how many images were generated to train on, those of the evaluation left out."""
-    return run.machine and run.machine["images"]["generated"] - sum(map(sum, run.metrics["num_images"]))
+    # The first rows of a run that went on from a model are not its own.
+    own_rows = run.metrics["num_images"][run.metrics.get("first_task", 0) :]
+    return run.machine and run.machine["images"]["generated"] - sum(map(sum, own_rows))
 
 
 def published_values(name: str, group: list[Run], metric: str, published: dict) -> list | None:

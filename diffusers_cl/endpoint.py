@@ -58,6 +58,15 @@ def client_timeout(seconds: float) -> Iterator[None]:
         set_client_factory(default_client_factory)
 
 
+def clean_token(token: str | None) -> str | None:
+    """Returns a token without white space around it; raises a `ConfigError` for what can be none, without quoting it."""
+    token = (token or "").strip()
+    # httpx quotes a header that it refuses.
+    if not re.fullmatch(r"[!-~]*", token):
+        raise ConfigError("hub_token has characters that no token has")
+    return token or None
+
+
 def open_api(token: str | None) -> HfApi:
     """
     Returns the client with a token: this one, else `HF_TOKEN`, else the one that is saved on this machine.
@@ -65,12 +74,9 @@ def open_api(token: str | None) -> HfApi:
     Raises:
         ConfigError: when there is none, or it cannot be one.
     """
-    token = (token or get_token() or "").strip()
-    if not token:
+    token = clean_token(token or get_token())
+    if token is None:
         raise ConfigError("hub_token is not set and no token is saved here: give one, or run `hf auth login`")
-    # httpx quotes a header that it refuses.
-    if not re.fullmatch(r"[!-~]+", token):
-        raise ConfigError("hub_token has characters that no token has")
     return HfApi(token=token)
 
 

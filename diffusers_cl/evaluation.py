@@ -144,13 +144,15 @@ class Evaluation:
                 rows.setdefault(name, []).append(value)
 
         columns = min(GRID_COLUMNS, *counts.values())
-        first = [i for i, (_, _, index) in enumerate(keys) if index < columns]
+        # A row a class, in the order in which they were learned; a refined class has images in two tasks.
+        place = {name: row for row, name in enumerate(counts)}
+        first = sorted((place[name], index, i) for i, (_, name, index) in enumerate(keys) if index < columns)
         row = {
             "metrics": rows,
             "class_accuracy": class_accuracy if self.classes is not None else None,
             "num_images": [len(task) for task in self.labels[:num_tasks]],
         }
-        return row, images[first[: MAX_GRID_ROWS * columns]]
+        return row, images[[i for _, _, i in first[: MAX_GRID_ROWS * columns]]]
 
     def report(self, rows: list[dict]) -> dict:
         """Returns what `metrics.json` says of the metric rows of the models so far."""
@@ -192,6 +194,8 @@ def create_evaluation(
     classifier = None
     if config.eval_classifier is not None:
         classifier = load_classifier("eval_classifier", config.eval_classifier, list(class_ids), device)
+        if classifier.class_names is None:
+            raise DataError(f"eval_classifier: {config.eval_classifier} does not know all of {', '.join(class_ids)}")
     if start is None:
         extractor = resolve_feature_extractor(config, train, list(class_ids), device, quiet)
         return Evaluation(test, tasks, class_ids, extractor, config, classifier=classifier)
@@ -218,7 +222,8 @@ def nearest_training_images(
         train ([`ImageSplit`]): the real training split.
     """
     result = []
-    rows = [pair for pair in zip(samples.split(columns), class_names, strict=False) if pair[1] in train.names]
+    here = [name for name in class_names if name in train.names and len(train.rows_of([name]))]
+    rows = [pair for pair in zip(samples.split(columns), class_names, strict=False) if pair[1] in here]
     for row, name in rows[:MAX_NEAREST_ROWS]:
         real = train.decode(train.rows_of([name]))
         distances = torch.cdist(row.flatten(1).float(), real.flatten(1).float())

@@ -90,7 +90,7 @@ class _Transformers(nn.Module):
         super().__init__()
         from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-        self.model = AutoModelForImageClassification.from_pretrained(name)
+        self.model = AutoModelForImageClassification.from_pretrained(name, use_safetensors=True)
         self.processor = AutoImageProcessor.from_pretrained(name)
         self.class_names = [self.model.config.id2label[i] for i in range(self.model.config.num_labels)]
 

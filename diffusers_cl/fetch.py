@@ -14,7 +14,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from .endpoint import CLIENT_ERRORS, REQUEST_TIMEOUT, client_timeout, retry
+from .endpoint import CLIENT_ERRORS, REQUEST_TIMEOUT, clean_token, client_timeout, retry
 from .errors import ConfigError, DataError, RunError, first_line
 
 
@@ -56,6 +56,7 @@ def pinned(
     Returns the arguments with which `hf_hub_download` and `snapshot_download` take a repo's files of one commit, and that
     commit: `None` offline, where they are those that the cache has. Within [`hub_faults`].
     """
+    token = clean_token(token)
     # Asked first: a snapshot that cannot be asked for is taken from the cache, however old, without a word.
     offline, commit = constants.HF_HUB_OFFLINE, None
     if not offline:

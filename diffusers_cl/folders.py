@@ -41,8 +41,8 @@ def read_task_state(folder: str | Path) -> dict:
 
 def read_start(output_dir: str | Path) -> dict | None:
     """
-    Returns `start.json` of a run, `None` where it went on from nothing: `task`, `model`, `revision` (the commit) and `asked`
-    (the revision that was asked for).
+    Returns `start.json` of a run, `None` where it went on from nothing: `task`, `model`, whether that `is_repo`, `revision`
+    (the commit) and `asked` (the revision that was asked for).
 
     Raises:
         CheckpointError: when it cannot be read.
@@ -51,7 +51,7 @@ def read_start(output_dir: str | Path) -> dict | None:
     try:
         start = json.loads(path.read_text()) if path.exists() else None
         if start is not None and not (
-            isinstance(start["task"], int) and {"model", "revision", "asked"} <= start.keys()
+            isinstance(start["task"], int) and {"model", "is_repo", "revision", "asked"} <= start.keys()
         ):
             raise ValueError("it is not what a run writes")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -80,8 +80,7 @@ def previous_model(task: int, start, hub_model_id: str | None) -> dict | None:
     """
     if start is not None and task == start.task + 1:
         # A path is this machine's business.
-        model = Path(start.model).resolve().name if Path(start.model).is_dir() else start.model
-        return {"model": model, "revision": start.revision}
+        return {"model": start.model if start.is_repo else Path(start.model).name, "revision": start.revision}
     if task == 0:
         return None
     name = task_folder("", task - 1).name

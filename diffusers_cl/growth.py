@@ -44,7 +44,8 @@ def load_weights(unet: torch.nn.Module, folder: str | Path, class_ids: list[int]
 
 def pad_penalty(penalty, model: torch.nn.Module) -> None:
     """
-    Gives a penalty's tensors the rows that the model's class embedding has gained: zero, so that new classes are free.
+    Gives a penalty's tensors the rows that the model's class embedding has gained: zero, so that new classes are free. (The
+    controls `l2` and `random_direction` hold rows that are not in use yet, where there is room from the start.)
 
     Args:
         penalty: [`Rank1EWC`], [`DiagonalEWC`] or one of their kind; its tensors may have a first dimension more than the
@@ -83,6 +84,13 @@ def restore_penalty(penalty, folder: str | Path, model: torch.nn.Module) -> bool
         raise ConfigError(f"penalty: {error}; allowed: that, or none") from error
     except (OSError, SafetensorError, KeyError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if (rank := getattr(penalty, "rank", None)) != getattr(found, "rank", None):
+        raise ConfigError(f"fisher_rank is {rank}; allowed: {found.rank}, which {path} has")
+    if penalty.automatic != found.automatic:
+        raise ConfigError(
+            f"ewc_lambda is {penalty.ewc_lambda!r}, and {path} was made with {found.ewc_lambda!r}; allowed: a number after a"
+            " number, auto or a multiple of it after auto"
+        )
     try:
         penalty.load_state_dict(found.state_dict())
         pad_penalty(penalty, model)

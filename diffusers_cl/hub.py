@@ -20,9 +20,8 @@ from .results import portable_config
 
 
 def public_config(config: TrainingConfig) -> dict:
-    """Returns what a model's repo says of its configuration: no secrets, and nothing of the machine but names."""
+    """Returns what a model's repo says of its configuration: no secrets, and of this machine only where the extractor lies."""
     public = {key: value for key, value in asdict(config).items() if key not in OPERATIONAL_KEYS}
-    # An extractor in a folder is looked for where it was.
     return portable_config(public) | {"feature_extractor": config.feature_extractor}
 
 

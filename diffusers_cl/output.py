@@ -36,10 +36,12 @@ def check_output_dir(config: TrainingConfig) -> None:
         ) from error
     if config.overwrite_output_dir:
         return
+    # A run of an older version lacks keys.
+    found = asdict(TrainingConfig()) | found
     for key, value in asdict(config).items():
-        if key not in OPERATIONAL_KEYS and found.get(key) != value:
+        if key not in OPERATIONAL_KEYS and found[key] != value:
             raise ConfigError(
-                f"output_dir: {output_dir} holds a run with {key} = {found.get(key)!r}, this one has {value!r}."
+                f"output_dir: {output_dir} holds a run with {key} = {found[key]!r}, this one has {value!r}."
                 " Give another output_dir, or overwrite_output_dir to start over"
             )
 

@@ -76,13 +76,15 @@ def replay_images_for_task(
     new_classes = classes_of_tasks[task - 1] if keep else [c for classes in classes_of_tasks[:task] for c in classes]
     labels = [c for c in new_classes for _ in range(images_per_class)]
     keys = [("replay", task, c, index) for c in new_classes for index in range(images_per_class)]
-    images, class_labels = sample(labels, keys), torch.tensor(labels)
+    images, class_labels = sample(labels, keys), torch.tensor(labels, dtype=torch.long)
     generated = len(labels)
     if keep:
         verify_folder(previous)
         kept = load_file(previous / IMAGES_NAME)
-        images = torch.cat([kept["images"], images])
-        class_labels = torch.cat([kept["class_labels"], class_labels])
+        # But for classes that were learned once more.
+        rows = torch.isin(kept["class_labels"], class_labels, invert=True)
+        images = torch.cat([kept["images"][rows], images])
+        class_labels = torch.cat([kept["class_labels"][rows], class_labels])
     if accelerator.is_main_process:
         tensors = {"images": images, "class_labels": class_labels}
         publish_folder(folder, lambda partial: save_file(tensors, partial / IMAGES_NAME))

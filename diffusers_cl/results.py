@@ -236,6 +236,8 @@ def check_comparable(runs: list[Run], metric: str) -> None:
     for run in runs:
         if metric not in run.metrics["metrics"]:
             raise ValueError(f"{run.path}: has no metric {metric!r}, only {', '.join(run.metrics['metrics'])}")
+        if None in run.metrics["metrics"][metric]["matrix"][-1]:
+            raise ValueError(f"{run.path}: {metric} is not known for all tasks: it went on without their data")
 
     def measured(run: Run, reordered: bool) -> dict:
         tasks, num_images = run.metrics["tasks"], run.metrics["num_images"][-1]

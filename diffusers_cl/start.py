@@ -3,7 +3,8 @@
 import json
 import re
 import shutil
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import huggingface_hub
@@ -14,6 +15,8 @@ from .errors import CheckpointError, ConfigError, DataError, RunError
 from .fetch import hub_faults, pinned
 from .files import MANIFEST_NAME, publish_folder, write_json
 from .folders import CONSOLIDATION, MEMORY_NAME, START_NAME, STATE_NAME, read_start, read_task_state, task_folder
+from .growth import load_weights, restore_penalty
+from .names import dataset_name
 
 
 NO_TASK = (
@@ -27,15 +30,8 @@ ALLOWED_FILES = re.compile(
 )
 # Of a state, what going on reads.
 STATE_KEYS = (
-    "task",
-    "tasks",
-    "class_ids",
-    "seen_classes",
-    "rows",
-    "fisher",
-    "floor",
-    "feature_extractor_info",
-    "config",
+    *("task", "tasks", "class_ids", "seen_classes", "dataset", "rows", "fisher", "floor"),
+    *("feature_extractor_info", "config"),
 )
 # A run's own: what it learns, on what machine, where it leaves its files.
 OWN_KEYS = (
@@ -45,8 +41,8 @@ OWN_KEYS = (
     *("pretrained_model_name_or_path", "revision", "allow_known_classes", "model_config_name_or_path"),
     *("num_threads", "mixed_precision", "allow_tf32", "feature_extractor_weights_path", "eval_classifier"),
 )
-# What the model cannot change any more.
-FIXED_KEYS = ("resolution", "prediction_type")
+# What the model, or the rows of its task matrix, cannot change any more.
+FIXED_KEYS = ("resolution", "prediction_type", "eval_num_inference_steps")
 
 
 @dataclass
@@ -59,12 +55,14 @@ class Start:
         state (`dict`): the content of its state.json.
         model (`str`): the repo or folder, as it was asked for.
         revision (`str` or `None`): the repo's commit.
+        is_repo (`bool`): or else a folder.
     """
 
     folder: Path
     state: dict
     model: str
     revision: str | None
+    is_repo: bool
 
     @property
     def task(self) -> int:
@@ -93,12 +91,15 @@ def _download(model: str, revision: str | None, token: str | None, cache_dir: st
     with hub_faults(where):
         options, commit = pinned(model, revision, token, cache_dir)
         try:
-            huggingface_hub.hf_hub_download(filename=f"{CONSOLIDATION}/{STATE_NAME}", **options)
+            # By the name that was asked for, which the cache then knows the commit of, offline too.
+            named = options | {"revision": revision}
+            huggingface_hub.hf_hub_download(filename=f"{CONSOLIDATION}/{STATE_NAME}", **named)
         except RemoteEntryNotFoundError as error:
             raise ConfigError(f"{where} {NO_TASK}") from error
         manifest = huggingface_hub.hf_hub_download(filename=f"{CONSOLIDATION}/{MANIFEST_NAME}", **options)
         names = [*_listed_files(Path(manifest), where), f"{CONSOLIDATION}/{MANIFEST_NAME}"]
-        return Path(huggingface_hub.snapshot_download(allow_patterns=names, **options)), commit
+        folder = Path(huggingface_hub.snapshot_download(allow_patterns=names, **options))
+        return folder, commit or folder.name
 
 
 def _listed_files(manifest: Path, where: str) -> list[str]:
@@ -129,10 +130,12 @@ def fetch_task(
         DataError: when it cannot be fetched.
         CheckpointError: when it is not whole, or was written by a newer version.
     """
-    if Path(model, "task-00").is_dir():
-        tasks = ", ".join(str(path) for path in sorted(Path(model).glob("task-*")))
+    if Path(model, "config.yaml").is_file() and (tasks := sorted(map(str, Path(model).glob("task-*")))):
+        tasks = ", ".join(tasks)
         raise ConfigError(f"{model} is the folder of a run, name one of its tasks: {tasks}")
     folder, commit = Path(model), None
+    if folder.is_dir() and revision is not None:
+        raise ConfigError(f"revision is {revision!r}; allowed: null, because {model} is a folder")
     if not folder.is_dir():
         folder, commit = _download(model, revision, token, cache_dir)
     elif not (folder / CONSOLIDATION / STATE_NAME).exists():
@@ -141,7 +144,7 @@ def fetch_task(
     state = read_task_state(folder)
     if missing := [key for key in STATE_KEYS if key not in state]:
         raise CheckpointError(f"{model}: its state has no {missing[0]!r}; it is of a version that none can go on from")
-    return Start(folder, state, model, commit)
+    return Start(folder, state, model, commit, is_repo=folder != Path(model))
 
 
 def load_start(config: TrainingConfig) -> Start | None:
@@ -155,7 +158,7 @@ def load_start(config: TrainingConfig) -> Start | None:
     kept = None if config.overwrite_output_dir else read_start(config.output_dir)
     if kept is not None and (kept["model"], kept["asked"]) == (model, config.revision):
         folder = task_folder(config.output_dir, kept["task"])
-        return Start(folder, read_task_state(folder), model, kept["revision"])
+        return Start(folder, read_task_state(folder), model, kept["revision"], kept["is_repo"])
     try:
         start = fetch_task(model, config.revision, config.hub_token, config.cache_dir)
     except RunError as error:
@@ -182,19 +185,46 @@ def check_start(start: Start, config: TrainingConfig) -> None:
                 f"{key} is {getattr(config, key)!r}; allowed: {start.state['config'][key]!r}, which {start.model} has"
             )
     name = start.state["feature_extractor_info"]["name"]
-    if config.feature_extractor != name and "classifier" in (config.feature_extractor, name):
+    if config.feature_extractor != name and {"classifier", "inception"} & {config.feature_extractor, name}:
         raise ConfigError(
             f"feature_extractor is {config.feature_extractor!r}; the old classes were measured with {name!r}, and only"
             " that compares. For accuracy, eval_classifier may name another"
         )
 
 
-def extend_stream(start: Start, new_tasks: list[list[str]], config: TrainingConfig) -> tuple[list, dict[str, int]]:
+def take_over(start: Start, unet, penalty, config: TrainingConfig, warn: Callable[[str], None]) -> None:
+    """
+    Puts weights and penalty of the task into a run's, which may have more classes.
+
+    Args:
+        start ([`Start`]), config ([`TrainingConfig`]).
+        unet (`UNet2DModel`): with the rows that new classes start from.
+        penalty: new, or `None`.
+        warn: called with what the task has and the run leaves out, or the reverse.
+
+    Raises:
+        ConfigError, CheckpointError: as [`load_weights`] and [`restore_penalty`]; when a file is not there.
+    """
+    load_weights(unet, start.folder, list(start.class_ids.values()))
+    recorded = start.state["config"]["penalty"]
+    if penalty is None:
+        if recorded != "none":
+            warn(f"penalty: none leaves out that of {start.model} ({recorded}), here and in all later tasks")
+    elif not restore_penalty(penalty, start.folder / CONSOLIDATION, unet):
+        if recorded != "none":
+            raise CheckpointError(f"{start.model}: its penalty ({recorded}) is not in {CONSOLIDATION}")
+        warn(f"{start.model} has no penalty: what was learned until then is not held by one")
+
+
+def extend_stream(
+    start: Start, new_tasks: list[list[str]], config: TrainingConfig, image_bytes: int
+) -> tuple[list[list[str]], dict[str, int]]:
     """
     Returns all tasks of a stream that goes on, and the id of every class: old ones keep theirs, by name.
 
     Raises:
-        DataError: for classes that the model knows already, unless `allow_known_classes`; too few `num_class_embeds`.
+        DataError: for classes that the model knows already, unless `allow_known_classes`; for too few `num_class_embeds` or
+            `memory_bytes`.
     """
     class_ids = start.class_ids
     new = [name for names in new_tasks for name in names]
@@ -210,7 +240,18 @@ def extend_stream(start: Start, new_tasks: list[list[str]], config: TrainingConf
             class_ids[name], free = free, free + 1
     if config.num_class_embeds is not None and config.num_class_embeds < free:
         raise DataError(f"num_class_embeds is {config.num_class_embeds}; with the old classes it takes {free}")
+    needed = len(class_ids) * image_bytes
+    if config.replay == "memory" and config.memory_bytes is not None and config.memory_bytes < needed:
+        raise DataError(
+            f"memory_bytes is {config.memory_bytes}; an image of each of {len(class_ids)} classes takes {needed}"
+        )
     return [*start.tasks, *new_tasks], class_ids
+
+
+def dataset_names(start: Start | None, config: TrainingConfig) -> str:
+    """Returns the names of all data sets that the model of a run has learned, `a + b` in the order in which they came."""
+    before = [] if start is None else start.state["dataset"].split(" + ")
+    return " + ".join(dict.fromkeys([*before, dataset_name(asdict(config))]))
 
 
 def copy_start(start: Start, output_dir: str | Path, revision: str | None) -> None:
@@ -227,5 +268,5 @@ def copy_start(start: Start, output_dir: str | Path, revision: str | None) -> No
             shutil.copyfile(start.folder / name, folder / name)
 
     publish_folder(task_folder(output_dir, start.task), write, CONSOLIDATION)
-    content = {"task": start.task, "model": start.model, "revision": start.revision, "asked": revision}
-    write_json(output_dir / START_NAME, content)
+    found = {"task": start.task, "model": start.model, "is_repo": start.is_repo, "revision": start.revision}
+    write_json(output_dir / START_NAME, found | {"asked": revision})

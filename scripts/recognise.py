@@ -67,6 +67,10 @@ def recognise(run: Path, num_images: int, seed: int, dataset_name: str | None = 
 
     pipeline = ClassConditionalPipeline.from_pretrained(task_folder(run, states[-1]["task"]))
     class_ids = {name: states[-1]["class_ids"][name] for name in states[-1]["seen_classes"]}
+    if unknown := [name for name in class_ids if name not in train.names]:
+        raise DataError(
+            f"{run}: its data has no class {unknown[0]!r} to judge by; --dataset_name names data that has all"
+        )
     images = sample_images(
         pipeline,
         [class_id for class_id in class_ids.values() for _ in range(num_images)],

@@ -75,7 +75,7 @@ class Job:
             if not folder.exists() or not any(folder.iterdir()):
                 return folder, []
             try:
-                found = yaml.safe_load((folder / "config.yaml").read_text())
+                found = dataclasses.asdict(TrainingConfig()) | yaml.safe_load((folder / "config.yaml").read_text())
                 versions_differ = (folder / "run.json").exists() and not same_versions(read_json(folder / "run.json"))
             except OSError:
                 continue

@@ -208,7 +208,7 @@ def test_what_a_run_went_on_from_is_not_its_own(hub, client, saved, tmp_path):
     write_task(tmp_path, saved, 4)
     write_task(tmp_path, saved, 5)
     (tmp_path / "start.json").write_text(
-        json.dumps({"task": 4, "model": "me/elsewhere-task-04", "revision": None, "asked": None})
+        json.dumps({"task": 4, "model": "me/elsewhere-task-04", "is_repo": True, "revision": None, "asked": None})
     )
     failures, lines = push_run(client, tmp_path, "me/continued", collection=False)
     assert failures == [] and len(lines) == 1 and not hub.sent("collections")
