@@ -102,6 +102,35 @@ def test_paired_differences_in_the_text_are_those_of_the_committed_results():
     assert text in README
 
 
+def differences(*patterns: str) -> list[float]:
+    """How far single runs' averages lie above distillation's on the same seed."""
+    runs = [load_run(path) for pattern in patterns for path in sorted((ROOT / "results" / "digits").glob(pattern))]
+    assert runs
+    averages = {
+        run.seed: run.metrics["metrics"]["fd_classifier"]["average"][-1]
+        for run in map(load_run, (ROOT / "results" / "digits").glob("distillation-seed*.json"))
+    }
+    return [run.metrics["metrics"]["fd_classifier"]["average"][-1] - averages[run.seed] for run in runs]
+
+
+def test_what_the_sweeps_say_is_in_their_results():
+    mild = ("decoupled_*", "loss_auto-*", "loss_auto_tenth-*")
+    strengths = differences(*(f"strength/{name}seed*.json" for name in mild), "rank1_ewc_distillation-seed*.json")
+    text = " ".join(README.split())
+    assert f"lies within {max(map(abs, strengths)):.2f} of no penalty on every seed" in text
+    replay = differences("replay/*-seed*.json")
+    assert f"lie within {max(map(abs, replay)):.2f} of the preset on every seed" in text
+
+    def spread(values: list[float]) -> str:
+        return f"{min(values):+.2f} to {max(values):+.2f}"
+
+    tenfold, paper = (
+        differences("strength/loss_auto_tenfold-*.json"),
+        differences("paper_rank1_ewc_distillation-*.json"),
+    )
+    assert f"in the loss costs {spread(tenfold)}, and the paper's 15000 there {spread(paper)}." in text
+
+
 def test_recognised_digits_are_those_of_the_committed_results():
     recognised = json.loads((ROOT / "results" / "digits" / "recognised.json").read_text())
     assert all(run["judge"]["test_accuracy"] >= 0.97 for run in recognised)
