@@ -1,10 +1,11 @@
 """
-Draws what the strength of a penalty does: average and forgetting over `ewc_lambda`, a line a penalty_mode.
+Draws what the strength of a penalty does: average and forgetting over `ewc_lambda`, each held against no penalty on the same
+seeds, a line a penalty_mode.
 
     python scripts/experiments/strengths.py results/digits/{distillation,rank1_ewc_distillation,paper_rank1_ewc_distillation}-seed*.json \
       results/digits/strength/*-seed*.json --plot strengths.png
 
-Multiples of `auto` stand in their order and the numbers to their right; the run without a penalty is a band.
+Multiples of `auto` stand in their order and the numbers to their right.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from diffusers_cl.comparison import compare
-from diffusers_cl.results import load_run
+from diffusers_cl.results import Run, load_run, mean_and_error
 from diffusers_cl.strength import parse_ewc_lambda
 
 
@@ -48,30 +49,50 @@ def lines(table: dict) -> tuple[list[float | str], dict[str, dict[float | str, d
     return strengths, modes, without[0]
 
 
+def changes(group: list[Run], without: list[Run], metric: str, quantity: str) -> tuple[float, float | None]:
+    """Returns how far a quantity lies above that without a penalty on the same seeds: mean, standard error (`None` for one)."""
+    base = {run.pair: run.metrics["metrics"][metric] for run in without}
+
+    def value(values: dict) -> float:
+        return values["average"][-1] if quantity == "average" else values[quantity]
+
+    pairs = [(run.metrics["metrics"][metric], base[run.pair]) for run in group if run.pair in base]
+    return mean_and_error([value(own) - value(other) for own, other in pairs])
+
+
 def plot(path: Path, table: dict) -> None:
-    """Saves the picture; error bars are standard errors over seeds, and both axes are logarithmic above 1."""
+    """Saves the picture: paired differences to no penalty, error bars of one standard error, logarithmic beyond 0.1."""
     strengths, modes, without = lines(table)
     figure = Figure(figsize=(9.6, 4.4), layout="constrained")
     for axes, quantity in zip(figure.subplots(1, 2), QUANTITIES, strict=True):
-        mean, error = without[quantity]
-        axes.axhspan(mean - (error or 0), mean + (error or 0), color="0.8", label="no penalty")
-        axes.axhline(mean, color="0.5", linewidth=1)
+        axes.axhline(0, color="0.4", linewidth=1, label="no penalty")
         for index, (mode, rows) in enumerate(sorted(modes.items())):
-            places = [strengths.index(strength) for strength in rows]
-            order = sorted(range(len(places)), key=places.__getitem__)
-            values = [list(rows.values())[i][quantity] for i in order]
-            axes.errorbar(
-                [places[i] + 0.06 * index for i in order],
-                [value[0] for value in values],
-                [value[1] or 0 for value in values],
-                marker="os"[index],
-                capsize=3,
-                label=f"penalty_mode: {mode}",
-            )
+            # Numbers weigh the Fisher, multiples of auto the curvature: no line goes from one to the other.
+            for part, automatic in enumerate((True, False)):
+                own = [s for s in strengths if s in rows and parse_ewc_lambda(s)[1] == automatic]
+                found = [
+                    changes(
+                        table["groups"][rows[s]["method"]],
+                        table["groups"][without["method"]],
+                        table["metric"],
+                        quantity,
+                    )
+                    for s in own
+                ]
+                axes.errorbar(
+                    [strengths.index(s) + 0.08 * index for s in own],
+                    [mean for mean, _ in found],
+                    [error or 0 for _, error in found],
+                    color=f"C{index}",
+                    marker="os"[index],
+                    capsize=3,
+                    label=f"penalty_mode: {mode}" if part == 0 else None,
+                )
         axes.set_xticks(range(len(strengths)), [f"{s:g}" if isinstance(s, float) else s for s in strengths])
         axes.set_xlabel("ewc_lambda")
-        axes.set_ylabel(f"{quantity}, {table['metric']} (lower is better)")
-        axes.set_yscale("symlog", linthresh=1)
+        axes.set_ylabel(f"{quantity}: {table['metric']} above no penalty's")
+        axes.set_yscale("symlog", linthresh=0.1)
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)
