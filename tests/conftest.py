@@ -219,3 +219,29 @@ def files(tmp_path_factory) -> Path:
     from script_helpers import shared_folder, tiny_files
 
     return tiny_files(shared_folder(tmp_path_factory) / "tiny")
+
+
+@pytest.fixture(scope="module")
+def hub():
+    """A local Hub for the tests of a file."""
+    from hub_server import HubServer
+
+    with HubServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(hub, tmp_path_factory):
+    """A process with the real client, on that Hub."""
+    from hub_helpers import Client
+
+    with Client(hub, tmp_path_factory.mktemp("home")) as process:
+        yield process
+
+
+@pytest.fixture
+def fresh_hub(hub):
+    """The Hub as a test wants it: nothing was asked of it yet, and nothing fails."""
+    hub.requests.clear()
+    hub.failures.clear()
+    hub.has_collections = True

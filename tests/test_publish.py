@@ -6,33 +6,15 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from hub_helpers import Client, ClientError, write_run, write_task
-from hub_server import TOKEN, HubServer
+from hub_helpers import ClientError, write_run, write_task
+from hub_server import TOKEN
 from pipeline_helpers import saved_files
 
 
+pytestmark = pytest.mark.usefixtures("fresh_hub")
 # What changes something there.
 CHANGES = r"^(POST|PUT|DELETE) (?!/api/(repos/create|collections))"
 PUSH_RUN = "publish.push_run(folder, name, log=lines.append, **options), lines"
-
-
-@pytest.fixture(scope="module")
-def hub():
-    with HubServer() as hub:
-        yield hub
-
-
-@pytest.fixture(scope="module")
-def client(hub, tmp_path_factory):
-    with Client(hub, tmp_path_factory.mktemp("home")) as client:
-        yield client
-
-
-@pytest.fixture(autouse=True)
-def new_test(hub):
-    hub.requests.clear()
-    hub.failures.clear()
-    hub.has_collections = True
 
 
 def push_run(client, folder, name: str, **options) -> tuple[list[str], list[str]]:

@@ -9,22 +9,7 @@ from hub_server import HubServer
 from pipeline_helpers import saved_files
 
 
-@pytest.fixture(scope="module")
-def hub():
-    with HubServer() as hub:
-        yield hub
-
-
-@pytest.fixture(scope="module")
-def client(hub, tmp_path_factory):
-    with Client(hub, tmp_path_factory.mktemp("home")) as client:
-        yield client
-
-
-@pytest.fixture(autouse=True)
-def new_test(hub):
-    hub.requests.clear()
-    hub.failures.clear()
+pytestmark = pytest.mark.usefixtures("fresh_hub")
 
 
 @pytest.fixture(scope="module")

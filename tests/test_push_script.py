@@ -12,13 +12,14 @@ import urllib.request
 
 import pytest
 from hub_helpers import PUSH_SCRIPT, ROOT, run_push, start_push, write_run, write_task
-from hub_server import TOKEN, HubServer
+from hub_server import TOKEN
 from pipeline_helpers import saved_files
 
 from diffusers_cl.errors import CheckpointError, ConfigError
 from diffusers_cl.publish import BackgroundPush
 
 
+pytestmark = pytest.mark.usefixtures("fresh_hub")
 # A trainer that is killed while it pushes.
 TRAINER = """
 import sys, time
@@ -28,18 +29,6 @@ push.start()
 print(push.process.pid, flush=True)
 time.sleep(60)
 """
-
-
-@pytest.fixture(scope="module")
-def hub():
-    with HubServer() as hub:
-        yield hub
-
-
-@pytest.fixture(autouse=True)
-def new_test(hub):
-    hub.requests.clear()
-    hub.failures.clear()
 
 
 @pytest.fixture(scope="module")
