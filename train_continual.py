@@ -51,7 +51,7 @@ from diffusers_cl.models import create_unet, load_unet_config
 from diffusers_cl.output import check_output_dir, write_status
 from diffusers_cl.pipeline import ClassConditionalPipeline, from_uint8
 from diffusers_cl.plots import format_number
-from diffusers_cl.publish import BackgroundPush, finish_push
+from diffusers_cl.publish import RECORD_NAME, BackgroundPush, finish_push
 from diffusers_cl.randomness import derive_seed
 from diffusers_cl.record import RunRecord
 from diffusers_cl.replay import replay_weights
@@ -81,9 +81,8 @@ def main(config: TrainingConfig, start: Start | None = None) -> None:
     if config.push_to_hub and int(os.environ.get("RANK", 0)) == 0:
         name = config.hub_model_id or output_dir.resolve().name
         first_own_task = 0 if start is None else start.task + 1
-        hub_model_id = check_hub_access(
-            name, config.hub_token, config.hub_private_repo, first_own_task, config.license
-        )
+        options = {"license": config.license, "is_new": not (output_dir / RECORD_NAME).exists()}
+        hub_model_id = check_hub_access(name, config.hub_token, config.hub_private_repo, first_own_task, **options)
     if config.report_to == "wandb" and not is_wandb_available():
         raise ConfigError("report_to is 'wandb', which is not installed; allowed here: tensorboard, none")
 

@@ -6,6 +6,7 @@ A commit whose answer was lost exists, so every attempt looks at the branch's he
 
 import hashlib
 import json
+import logging
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, constants
@@ -17,6 +18,8 @@ from .errors import ConfigError, DataError, first_line
 from .files import MANIFEST_NAME, file_sha256
 from .folders import CONSOLIDATION, read_task_state, task_folder
 
+
+logger = logging.getLogger(__name__)
 
 # Roles in an organization that may create repos there.
 WRITING_ROLES = ("admin", "write", "contributor")
@@ -68,6 +71,7 @@ def check_hub_access(
     private: bool | None = None,
     task: int = 0,
     license: str | None = None,
+    is_new: bool = False,
     timeout: float = REQUEST_TIMEOUT,
 ) -> str:
     """
@@ -80,6 +84,8 @@ def check_hub_access(
         private (`bool`, *optional*): by default as the account has it.
         task (`int`): the first task that the run will push.
         license (`str`, *optional*): of the models; with one that the Hub does not know, it refuses every card.
+        is_new (`bool`): the run has pushed nothing yet: a warning says so if the repo has a model all the same, which the
+            first push replaces (its history keeps it).
         timeout (`float`): seconds without an answer after which a request is given up.
 
     Raises:
@@ -90,7 +96,13 @@ def check_hub_access(
         full = full_model_id(hub_model_id, token)
         if license is not None:
             _check_license(license, full, open_api(token).token)
-        _create_repo(open_api(token), task_repo_id(full, task), private)
+        api, repo_id = open_api(token), task_repo_id(full, task)
+        _create_repo(api, repo_id, private)
+        try:
+            if is_new and retry(lambda: api.file_exists(repo_id, f"{CONSOLIDATION}/{MANIFEST_NAME}"), repo_id):
+                logger.warning("%s has a model already, which the first push replaces; its history keeps it", repo_id)
+        except CLIENT_ERRORS as error:
+            raise fault(error, repo_id, api.token) from None
     return full
 
 

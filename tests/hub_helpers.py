@@ -53,7 +53,7 @@ class Client:
     the result as JSON has it, or raises [`ClientError`]. The modules endpoint, task_repos and publish are there.
     """
 
-    def __init__(self, hub: HubServer, home: Path):
+    def __init__(self, hub: HubServer, home: Path, stderr=None):
         self.process = subprocess.Popen(
             [sys.executable, "-c", CLIENT],
             env=hub.environment(home),
@@ -61,6 +61,7 @@ class Client:
             text=True,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=stderr,
         )
 
     def __enter__(self) -> "Client":

@@ -1,12 +1,13 @@
 """Pushing a task folder and a run to the tests' local Hub, with the real client."""
 
 import json
+import subprocess
 import urllib.error
 import urllib.request
 from pathlib import Path
 
 import pytest
-from hub_helpers import ClientError, write_run, write_task
+from hub_helpers import Client, ClientError, write_run, write_task
 from hub_server import TOKEN
 from pipeline_helpers import saved_files
 
@@ -109,6 +110,16 @@ def test_access_is_checked_and_the_first_repo_made(hub, client):
     # It may be there already.
     assert check(client, "me/checked") == "me/checked"
     assert client("huggingface_hub.get_session().timeout.read") is None
+
+
+def test_a_model_that_is_there_already_is_warned_of(hub, saved, tmp_path):
+    with Client(hub, tmp_path / "home", stderr=subprocess.PIPE) as client:
+        client.push(write_task(tmp_path, saved, 0), "me/taken-task-00")
+        check(client, "me/taken")
+        check(client, "me/taken", is_new=True)
+        check(client, "me/free", is_new=True)
+    warnings = client.process.stderr.read().splitlines()
+    assert len(warnings) == 1 and "me/taken-task-00 has a model already" in warnings[0]
 
 
 def test_a_license_that_the_hub_refuses_stops_before_training(hub, client):
