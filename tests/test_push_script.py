@@ -3,7 +3,6 @@
 import json
 import os
 import runpy
-import signal
 import subprocess
 import sys
 import time
@@ -131,7 +130,7 @@ def test_the_hub_as_a_process_goes_on_with_its_folder(tmp_path):
                 except urllib.error.HTTPError as error:
                     assert error.code == status
             finally:
-                process.send_signal(signal.SIGINT)
+                process.terminate()
 
 
 def test_what_is_not_a_run_is_refused(hub, pushed, saved, tmp_path, monkeypatch):
