@@ -141,8 +141,7 @@ class Rank1EWC(_Penalty):
 
     Args:
         ewc_lambda (`float` or `str`): the weight; the paper's is 15000. `"auto"` (not in the paper) takes the measured
-            curvature of the task's loss along v, clamped at 0, in place of `ewc_lambda * m`: the Laplace term itself;
-            `"10xauto"` ten times that.
+            curvature of the task's loss along v, clamped at 0, in place of `ewc_lambda * m`; `"10xauto"` ten times that.
     """
 
     kind = "rank1_ewc"

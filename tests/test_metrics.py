@@ -14,7 +14,6 @@ from diffusers_cl.metrics import (
     accuracy,
     accuracy_by_class,
     distance_names,
-    extend_floor,
     floor,
     frechet_distance,
     kernel_distance,
@@ -233,32 +232,6 @@ def test_metrics_of_a_task():
 
 def test_accuracy():
     assert accuracy(["a"] * 15 + ["b"] * 5, ["a", "b"] * 10) == (8 + 3) / 20
-
-
-def test_what_is_not_known_is_no_number():
-    # A stream that went on without the first task's images.
-    values = summarize([[0.5], [None, 0.7], [None, 0.6, 0.9]])
-    assert values["average"] == [0.5, None, None] and values["learning"] == pytest.approx(0.7)
-    assert values["forgetting"] is None and values["worst"] is None
-    # New classes that the classifier has never seen.
-    values = summarize([[0.9], [0.8, None]], higher_is_better=True)
-    assert values["average"] == [0.9, None] and values["learning"] is None and values["worst"] is None
-
-
-def test_the_floor_of_a_stream_that_goes_on(real_images):
-    features, labels = real_images
-    whole = floor(features, labels, "inception")
-    first = floor(features[:1], labels[:1], "inception")
-    second = floor(features[1:], labels[1:], "inception")
-    # The halves are drawn by a task's number, so the second is another sample of the same.
-    joined = extend_floor(whole, 1, second)
-    for name, found in joined.items():
-        assert found["per_task"] == [first[name]["per_task"][0], *second[name]["per_task"]]
-        assert found["mean"] == pytest.approx(np.mean(found["per_task"]))
-        assert found["num_images"] == whole[name]["num_images"]
-        num_new = len(second[name]["per_task"])
-        expected = (whole[name]["std"] + num_new * second[name]["std"]) / (1 + num_new)
-        assert found["std"] == pytest.approx(expected)
 
 
 def test_predictions_and_labels_of_unequal_number_are_an_error():

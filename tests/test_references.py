@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from diffusers_cl.errors import CheckpointError
-from diffusers_cl.metrics import frechet_distance
+from diffusers_cl.metrics import extend_floor, floor, frechet_distance, summarize
 from diffusers_cl.references import REFERENCES_NAME, References
 
 
@@ -64,3 +64,25 @@ def test_damage_is_one_sentence(references, tmp_path):
     references.save(tmp_path)
     with pytest.raises(CheckpointError, match="do not fit each other"):
         References.load(tmp_path)
+
+
+def test_what_is_not_known_is_no_number():
+    # A stream that went on without the first task's images.
+    values = summarize([[0.5], [None, 0.7], [None, 0.6, 0.9]])
+    assert values["average"] == [0.5, None, None] and values["learning"] == pytest.approx(0.7)
+    assert values["forgetting"] is None and values["worst"] is None
+    # New classes that the classifier has never seen.
+    values = summarize([[0.9], [0.8, None]], higher_is_better=True)
+    assert values["average"] == [0.9, None] and values["learning"] is None and values["worst"] is None
+
+
+def test_the_floor_of_a_stream_that_goes_on(features):
+    whole = floor(features, LABELS, "inception")
+    first, second = floor(features[:1], LABELS[:1], "inception"), floor(features[1:], LABELS[1:], "inception")
+    # The halves are drawn by a task's number, so the second is another sample of the same.
+    joined = extend_floor(whole, 1, second)
+    for name, found in joined.items():
+        assert found["per_task"] == [first[name]["per_task"][0], *second[name]["per_task"]]
+        assert found["mean"] == pytest.approx(sum(found["per_task"]) / 2)
+        assert found["num_images"] == whole[name]["num_images"]
+        assert found["std"] == pytest.approx((whole[name]["std"] + second[name]["std"]) / 2)
