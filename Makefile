@@ -1,6 +1,6 @@
 # make demo     train on the embedded digits, in a virtual environment made here (.venv)
 # make test     run the tests
-# make story    publish to a Hub on this machine, delete everything, go on from there with new classes (about ten minutes)
+# make story    publish to a Hub on this machine, delete everything, go on from there with new classes
 # make style    lint and format, changing files
 # make quality  the same, changing nothing
 

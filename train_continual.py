@@ -42,7 +42,7 @@ from diffusers_cl.draws import FisherBatches
 from diffusers_cl.errors import CheckpointError, ConfigError, NonFiniteError, RunError, StorageError
 from diffusers_cl.evaluation import class_grid_columns, create_evaluation, nearest_training_images
 from diffusers_cl.files import write_json, write_text
-from diffusers_cl.folders import CONSOLIDATION, MEMORY_NAME, finished_tasks, previous_model, task_folder
+from diffusers_cl.folders import CONSOLIDATION, MEMORY_NAME, finished_tasks, task_folder
 from diffusers_cl.growth import load_weights, restore_penalty
 from diffusers_cl.hub import write_task_folder
 from diffusers_cl.losses import denoising_losses, training_target
@@ -58,7 +58,7 @@ from diffusers_cl.replay import replay_weights
 from diffusers_cl.replay_images import extend_memory, replay_images_for_task
 from diffusers_cl.report import write_report
 from diffusers_cl.sampling import image_grid, sample_images
-from diffusers_cl.start import Start, check_start, copy_start, dataset_names, extend_stream, load_start, take_over
+from diffusers_cl.start import Start, check_start, copy_start, extend_stream, load_start, origin, take_over
 from diffusers_cl.starvation import PenaltyShare
 from diffusers_cl.task_repos import check_hub_access, task_repo_id
 from diffusers_cl.tasks import StepBatches, TaskImages, keep_batch, resolve_tasks
@@ -557,10 +557,7 @@ def main(config: TrainingConfig, start: Start | None = None) -> None:
                     "class_ids": class_ids,
                     "seen_classes": seen,
                     "global_step": global_step,
-                    "dataset": dataset_names(start, config),
-                    # Of an adopted model they may be of its own samples.
-                    "references": start.state.get("references", "data") if start else "data",
-                    "lineage": {"previous": previous_model(task, start, hub_model_id)},
+                    **origin(task, start, config, hub_model_id),
                     "rows": rows,
                     "fisher": fisher,
                     "floor": metrics["floor"],

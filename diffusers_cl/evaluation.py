@@ -202,10 +202,7 @@ def create_evaluation(
     kept = start.folder / CONSOLIDATION
     extractor = load_extractor(kept, start.state["feature_extractor_info"], config, device)
     references = References.load(kept).first(start.task + 1)
-    evaluation = Evaluation(test, tasks, class_ids, extractor, config, references, start.state["floor"], classifier)
-    if (trained_on := start.state["feature_extractor_info"].get("trained_on")) is not None:
-        evaluation.info["trained_on"] = trained_on
-    return evaluation
+    return Evaluation(test, tasks, class_ids, extractor, config, references, start.state["floor"], classifier)
 
 
 def nearest_training_images(

@@ -237,4 +237,6 @@ def load_extractor(folder: str | Path, info: dict, config: TrainingConfig, devic
             f"feature_extractor: {extractor.name!r} has weights of sha256 {extractor.info['sha256'][:12]}, the old classes"
             f" were measured with {info['sha256'][:12]}: distances would not compare"
         )
+    if "trained_on" in info:
+        extractor.info["trained_on"] = info["trained_on"]
     return extractor

@@ -1,4 +1,4 @@
-"""Task folders as they are found: names, states, and which model a task was learned after."""
+"""Task folders as they are found: their names, and their states."""
 
 import json
 from pathlib import Path
@@ -68,20 +68,6 @@ def finished_tasks(output_dir: str | Path) -> list[dict]:
     return states
 
 
-def previous_model(task: int, start, hub_model_id: str | None) -> dict | None:
-    """
-    Returns what a task was learned after: `model`, a repo on the Hub or else a folder, and `revision`, its commit where
-    that is known; `None` for the first task.
-
-    Args:
-        task (`int`).
-        start ([`Start`], *optional*): what the run goes on from.
-        hub_model_id (`str`, *optional*): where the run is pushed.
-    """
-    if start is not None and task == start.task + 1:
-        # A path is this machine's business.
-        return {"model": start.model if start.is_repo else Path(start.model).name, "revision": start.revision}
-    if task == 0:
-        return None
-    name = task_folder("", task - 1).name
-    return {"model": name if hub_model_id is None else f"{hub_model_id}-{name}", "revision": None}
+def tasks_of_run(folder: str | Path) -> list[Path]:
+    """Returns the task folders that lie in a folder: none but in that of a run."""
+    return sorted(path for path in Path(folder).glob("task-*") if path.is_dir())

@@ -10,13 +10,13 @@ from matplotlib.figure import Figure
 
 from .changes import compare
 from .config import TrainingConfig
-from .errors import CheckpointError, ConfigError, first_line
+from .errors import CheckpointError, ConfigError
 from .features import FeatureExtractor, load_extractor
 from .folders import CONSOLIDATION
 from .pipeline import ClassConditionalPipeline
 from .plots import format_number
 from .references import References
-from .sampling import sample_images
+from .sampling import load_pipeline, sample_images
 from .start import Start, fetch_task
 
 
@@ -51,14 +51,7 @@ def open_model(model: str, revision: str | None, device: torch.device, cache_dir
         ConfigError, DataError, CheckpointError: as [`fetch_task`], and for weights that are not all there.
     """
     start = fetch_task(model, revision, cache_dir=cache_dir)
-    try:
-        pipeline = ClassConditionalPipeline.from_pretrained(start.folder, use_safetensors=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{model} cannot be loaded: {first_line(error)}") from error
-    # diffusers only warns of tensors that are not in the file, and leaves them without data.
-    if missing := [name for name, parameter in pipeline.unet.named_parameters() if parameter.is_meta]:
-        raise CheckpointError(f"{model} lacks weights: {', '.join(missing[:3])}")
-    return Model(start, pipeline.to(device))
+    return Model(start, load_pipeline(start.folder, device, model))
 
 
 def open_measure(old: Model, config: TrainingConfig, device: torch.device) -> tuple[References, FeatureExtractor]:

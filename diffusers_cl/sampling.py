@@ -1,12 +1,14 @@
 """Sampling many images in fixed shards, so that they do not depend on how many processes share the work."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import PIL.Image
 import torch
 from torchvision.utils import make_grid
 from tqdm.auto import tqdm
 
+from .errors import CheckpointError, ConfigError, first_line
 from .pipeline import ClassConditionalPipeline, to_uint8
 from .randomness import starting_noise
 
@@ -15,6 +17,41 @@ from .randomness import starting_noise
 GRID_IMAGE_SIZE = 64
 GRID_PADDING = 4
 GRID_PADDING_VALUE = 96
+
+
+def choose_device(name: str | None) -> torch.device:
+    """Returns a device by name, by default the accelerator where there is one; raises a `ConfigError` without it."""
+    try:
+        device = torch.device(name or torch.accelerator.current_accelerator(check_available=True) or "cpu")
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:
+        raise ConfigError(f"--device {name} cannot be used: {first_line(error)}") from error
+    return device
+
+
+def load_pipeline(
+    model: str | Path, device: torch.device, what: str, revision: str | None = None
+) -> ClassConditionalPipeline:
+    """
+    Returns the pipeline of a task folder or Hub repo, whose code is not run.
+
+    Args:
+        model (`str`): the folder or repo.
+        device (`torch.device`).
+        what (`str`): names it in messages.
+        revision (`str`, *optional*): the repo's branch, tag or commit.
+
+    Raises:
+        CheckpointError: when it cannot be loaded, or lacks weights.
+    """
+    try:
+        pipeline = ClassConditionalPipeline.from_pretrained(model, revision=revision, use_safetensors=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{what} cannot be loaded: {first_line(error)}") from error
+    # diffusers only warns of tensors that are not in the file, and leaves them without data.
+    if missing := [name for name, parameter in pipeline.unet.named_parameters() if parameter.is_meta]:
+        raise CheckpointError(f"{what} lacks weights: {', '.join(missing)}")
+    return pipeline.to(device)
 
 
 def to_pil(images: torch.Tensor) -> list[PIL.Image.Image]:

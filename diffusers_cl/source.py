@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from .config import NUM_TRAIN_TIMESTEPS
 from .errors import CheckpointError, ConfigError, RunError, first_line
 from .fetch import fetch_files
+from .folders import tasks_of_run
 
 
 # All that is fetched of a repo: no code, and no weights that would be unpickled.
@@ -208,10 +209,8 @@ def open_source(
         folder = Path(model)
         if revision is not None:
             raise ConfigError(f"--revision is {revision!r}; allowed: nothing for a folder, which {model} is")
-        if (folder / "task-00").is_dir():
-            raise ConfigError(
-                f"{where} is the folder of a run; allowed: one of its tasks, such as {folder / 'task-00'}"
-            )
+        if tasks := tasks_of_run(folder):
+            raise ConfigError(f"{where} is the folder of a run; allowed: one of its tasks, such as {tasks[0]}")
     else:
         try:
             folder, commit = fetch_files(model, revision, WANTED_FILES, cache_dir=cache_dir)

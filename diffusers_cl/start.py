@@ -14,9 +14,20 @@ from .config import OPERATIONAL_KEYS, TrainingConfig
 from .errors import CheckpointError, ConfigError, DataError, RunError
 from .fetch import hub_faults, pinned
 from .files import MANIFEST_NAME, publish_folder, write_json
-from .folders import CONSOLIDATION, MEMORY_NAME, START_NAME, STATE_NAME, read_start, read_task_state, task_folder
+from .folders import (
+    CONSOLIDATION,
+    MEMORY_NAME,
+    START_NAME,
+    STATE_NAME,
+    read_start,
+    read_task_state,
+    task_folder,
+    tasks_of_run,
+)
 from .growth import load_weights, restore_penalty
 from .names import dataset_name
+from .task_repos import task_repo_id
+from .tasks import check_capacity
 
 
 NO_TASK = (
@@ -130,9 +141,8 @@ def fetch_task(
         DataError: when it cannot be fetched.
         CheckpointError: when it is not whole, or was written by a newer version.
     """
-    if Path(model, "config.yaml").is_file() and (tasks := sorted(map(str, Path(model).glob("task-*")))):
-        tasks = ", ".join(tasks)
-        raise ConfigError(f"{model} is the folder of a run, name one of its tasks: {tasks}")
+    if tasks := tasks_of_run(model):
+        raise ConfigError(f"{model} is the folder of a run, name one of its tasks: {', '.join(map(str, tasks))}")
     folder, commit = Path(model), None
     if folder.is_dir() and revision is not None:
         raise ConfigError(f"revision is {revision!r}; allowed: null, because {model} is a folder")
@@ -140,7 +150,8 @@ def fetch_task(
         folder, commit = _download(model, revision, token, cache_dir)
     elif not (folder / CONSOLIDATION / STATE_NAME).exists():
         raise ConfigError(f"{model} {NO_TASK}")
-    _listed_files(folder / CONSOLIDATION / MANIFEST_NAME, model)
+    else:
+        _listed_files(folder / CONSOLIDATION / MANIFEST_NAME, model)
     state = read_task_state(folder)
     if missing := [key for key in STATE_KEYS if key not in state]:
         raise CheckpointError(f"{model}: its state has no {missing[0]!r}; it is of a version that none can go on from")
@@ -238,20 +249,40 @@ def extend_stream(
     for name in new:
         if name not in class_ids:
             class_ids[name], free = free, free + 1
-    if config.num_class_embeds is not None and config.num_class_embeds < free:
-        raise DataError(f"num_class_embeds is {config.num_class_embeds}; with the old classes it takes {free}")
-    needed = len(class_ids) * image_bytes
-    if config.replay == "memory" and config.memory_bytes is not None and config.memory_bytes < needed:
-        raise DataError(
-            f"memory_bytes is {config.memory_bytes}; an image of each of {len(class_ids)} classes takes {needed}"
-        )
+    check_capacity(config, free, image_bytes)
     return [*start.tasks, *new_tasks], class_ids
 
 
-def dataset_names(start: Start | None, config: TrainingConfig) -> str:
-    """Returns the names of all data sets that the model of a run has learned, `a + b` in the order in which they came."""
-    before = [] if start is None else start.state["dataset"].split(" + ")
-    return " + ".join(dict.fromkeys([*before, dataset_name(asdict(config))]))
+def previous_model(task: int, start: Start | None, hub_model_id: str | None) -> dict | None:
+    """Returns the model that a task was learned after and its commit, where that is known; `None` for the first task."""
+    if start is not None and task == start.task + 1:
+        # A path is this machine's business.
+        return {"model": start.model if start.is_repo else Path(start.model).name, "revision": start.revision}
+    if task == 0:
+        return None
+    folder = task_folder("", task - 1).name
+    return {"model": folder if hub_model_id is None else task_repo_id(hub_model_id, task - 1), "revision": None}
+
+
+def origin(task: int, start: Start | None, config: TrainingConfig, hub_model_id: str | None) -> dict:
+    """
+    Returns what the state of a task says of where it comes from: `dataset`, the names of all data that its model has learned,
+    `a + b` in the order in which they came; `references`, what the reference statistics are of (`data`, or an adopted
+    model's own samples); and `lineage`, with the `previous` model.
+
+    Args:
+        task (`int`).
+        start ([`Start`], *optional*): what the run goes on from.
+        config ([`TrainingConfig`]).
+        hub_model_id (`str`, *optional*): where the run is pushed.
+    """
+    before = {} if start is None else start.state
+    names = [*before.get("dataset", "").split(" + "), dataset_name(asdict(config))]
+    return {
+        "dataset": " + ".join(dict.fromkeys(filter(None, names))),
+        "references": before.get("references", "data"),
+        "lineage": {"previous": previous_model(task, start, hub_model_id)},
+    }
 
 
 def copy_start(start: Start, output_dir: str | Path, revision: str | None) -> None:

@@ -54,14 +54,19 @@ def resolve_tasks(config: TrainingConfig, train: ImageSplit, test: ImageSplit) -
         for split in (train, test):
             if len(split.rows_of([name])) == 0:
                 raise DataError(f"the class {name!r} has no images in split {split.name!r}")
-    if config.num_class_embeds is not None and config.num_class_embeds < len(flat):
-        raise DataError(f"num_class_embeds is {config.num_class_embeds}; the stream has {len(flat)} classes")
-    needed = len(flat) * train.channels * train.resolution**2
+    check_capacity(config, len(flat), train.channels * train.resolution**2)
+    return tasks
+
+
+def check_capacity(config: TrainingConfig, num_classes: int, image_bytes: int) -> None:
+    """Raises `DataError` when `num_class_embeds` or `memory_bytes` leaves no room for all classes of a stream."""
+    if config.num_class_embeds is not None and config.num_class_embeds < num_classes:
+        raise DataError(f"num_class_embeds is {config.num_class_embeds}; the stream has {num_classes} classes")
+    needed = num_classes * image_bytes
     if config.replay == "memory" and config.memory_bytes is not None and config.memory_bytes < needed:
         raise DataError(
-            f"memory_bytes is {config.memory_bytes}; one image of each of {len(flat)} classes takes {needed}"
+            f"memory_bytes is {config.memory_bytes}; one image of each of {num_classes} classes takes {needed}"
         )
-    return tasks
 
 
 class TaskImages(torch.utils.data.Dataset):

@@ -14,11 +14,10 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from diffusers_cl.adopt import OWN_SAMPLES_PER_CLASS, adopt
 from diffusers_cl.config import NUM_TRAIN_TIMESTEPS, TrainingConfig, validate
-from diffusers_cl.errors import ConfigError, RunError, first_line
+from diffusers_cl.errors import ConfigError, RunError
+from diffusers_cl.sampling import choose_device
 from diffusers_cl.source import Source, open_source
 
 
@@ -136,11 +135,7 @@ def run(args: argparse.Namespace) -> Path:
     """Returns the task folder that `args` asks for; raises as [`open_source`] and [`adopt`]."""
     source = open_source(args.model, args.revision, args.labels, args.cache_dir)
     config = build_config(args, source)
-    try:
-        device = torch.device(args.device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
-        torch.empty(0, device=device)
-    except (AssertionError, RuntimeError) as error:
-        raise ConfigError(f"--device {args.device} cannot be used: {first_line(error)}") from error
+    device = choose_device(args.device)
     folder = adopt(source, config, args.output_dir, device)
     print(f"{folder}: {len(source.class_ids)} classes ({', '.join(list(source.class_ids)[:20])})")
     return folder

@@ -13,12 +13,11 @@ import json
 import sys
 from pathlib import Path
 
-import torch
-
 from diffusers_cl.changes import MIN_IMAGES
 from diffusers_cl.config import TrainingConfig
-from diffusers_cl.errors import ConfigError, RunError, StorageError, first_line
+from diffusers_cl.errors import RunError, StorageError
 from diffusers_cl.gate import gate_lines, open_measure, open_model, plot_side_by_side, run_gate, sample_both
+from diffusers_cl.sampling import choose_device
 
 
 def number(kind: type, low: float, high: float = float("inf"), name: str = "number"):
@@ -90,11 +89,7 @@ def gate(args: argparse.Namespace) -> bool:
         CheckpointError: for a task folder that is not whole.
         StorageError: when the output folder cannot be written.
     """
-    try:
-        device = torch.device(args.device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
-        torch.empty(0, device=device)
-    except (AssertionError, RuntimeError) as error:
-        raise ConfigError(f"--device {args.device} cannot be used: {first_line(error)}") from error
+    device = choose_device(args.device)
     old = open_model(args.old, args.old_revision, device, args.cache_dir)
     new = open_model(args.new, args.new_revision, device, args.cache_dir)
     recorded = old.start.state["config"]

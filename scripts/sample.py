@@ -12,11 +12,9 @@ import re
 import sys
 from pathlib import Path
 
-import torch
-
-from diffusers_cl.errors import CheckpointError, ConfigError, RunError, first_line
-from diffusers_cl.pipeline import ClassConditionalPipeline
-from diffusers_cl.sampling import image_grid, sample_images, to_pil
+from diffusers_cl.errors import ConfigError, RunError
+from diffusers_cl.folders import tasks_of_run
+from diffusers_cl.sampling import choose_device, image_grid, load_pipeline, sample_images, to_pil
 
 
 def positive_int(text: str) -> int:
@@ -47,26 +45,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def load_pipeline(model: str, device: str | None, revision: str | None = None) -> ClassConditionalPipeline:
-    """Returns the pipeline of a task folder or Hub repo, on its device. No code from the folder or repo is run."""
-    if Path(model, "task-00").is_dir():
-        tasks = ", ".join(str(path) for path in sorted(Path(model).glob("task-*")))
-        raise ConfigError(f"--model {model} is the folder of a run, pass one of its tasks: {tasks}")
-    try:
-        pipeline = ClassConditionalPipeline.from_pretrained(model, revision=revision, use_safetensors=True)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"--model {model} cannot be loaded: {first_line(error)}") from error
-    # diffusers only warns of tensors that are not in the file, and leaves them without data.
-    if missing := [name for name, parameter in pipeline.unet.named_parameters() if parameter.is_meta]:
-        raise CheckpointError(f"--model {model} lacks weights: {', '.join(missing)}")
-    if device is None:
-        device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    try:
-        return pipeline.to(torch.device(device))
-    except (AssertionError, RuntimeError) as error:
-        raise ConfigError(f"--device {device} cannot be used: {first_line(error)}") from error
-
-
 def file_name(class_name: str, index: int) -> str:
     """Returns the name of an image's file; what cannot stand in one is written as %XX."""
     return re.sub(r'[%/\\:*?"<>|\x00-\x1f]', lambda match: f"%{ord(match[0]):02X}", f"{class_name}-{index:03d}.png")
@@ -84,7 +62,11 @@ def sample(args: argparse.Namespace) -> Path:
         ConfigError: for classes that the model does not know (with those that it does), more steps than it was trained
             with, and a device that is not there.
     """
-    pipeline = load_pipeline(args.model, args.device, args.revision)
+    if tasks := tasks_of_run(args.model):
+        raise ConfigError(
+            f"--model {args.model} is the folder of a run, pass one of its tasks: {', '.join(map(str, tasks))}"
+        )
+    pipeline = load_pipeline(args.model, choose_device(args.device), f"--model {args.model}", args.revision)
     known = pipeline.known_classes
     names = list(known.values())
     # A number that is no name is an id.

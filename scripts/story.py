@@ -125,7 +125,7 @@ def tell(work_dir: Path) -> dict:
             "lineage": state["lineage"]["previous"]["model"],
             "config": yaml.safe_load((after / "config.yaml").read_text()),
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "diffusers_cl": __version__},
-            "device": "cpu, one thread",
+            **{key: read_json(after / "run.json")[key] for key in ("device", "threads")},
         }
     assert result["after"]["tasks"] == [["0", "1"], ["2", "3"], ["4", "5"], NEW], result["after"]["tasks"]
     assert all(None not in row for row in result["after"]["matrix"]), "an old column is missing"

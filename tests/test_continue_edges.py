@@ -86,4 +86,4 @@ def test_a_state_that_lacks_something_is_one_sentence(plain_run, files, tmp_path
     start = changed_copy(plain_run / "task-01", tmp_path / "memory", lambda kept: None)
     shutil.copy(start / "consolidation" / "ewc.safetensors", start / "consolidation" / "memory.safetensors")
     assert run(go_on(start, tmp_path / "run", **options)) == 3
-    assert "memory_bytes is 200; an image of each of 6 classes takes 384" in capsys.readouterr().err
+    assert "memory_bytes is 200; one image of each of 6 classes takes 384" in capsys.readouterr().err

@@ -39,6 +39,26 @@ def test_every_strength_has_its_place(files):
     assert without["method"] == "distillation"
 
 
+def test_changes_are_paired_by_seed(tmp_path):
+    groups = {"with": [], "without": []}
+    for seed in (0, 1, 2):
+        path = ROOT / "results" / "digits" / f"distillation-seed{seed}.json"
+        groups["without"].append(load_run(path))
+        content = json.loads(path.read_text())
+        values = content["metrics"]["metrics"]["fd_classifier"]
+        values["average"][-1] += 0.1 * (seed + 1)
+        values["forgetting"] += 1.0
+        (tmp_path / path.name).write_text(json.dumps(content))
+        groups["with"].append(load_run(tmp_path / path.name))
+
+    def changes(quantity, number):
+        return strengths.changes(groups["with"][:number], groups["without"], "fd_classifier", quantity)
+
+    assert changes("average", 3) == pytest.approx((0.2, 0.1 / 3**0.5))
+    # A seed that only one of the two has moves nothing, and one pair has no error.
+    assert changes("forgetting", 1) == (pytest.approx(1.0), None)
+
+
 def test_the_picture(files, tmp_path, capsys):
     strengths.main([*files, "--plot", str(tmp_path / "strengths.png")])
     with Image.open(tmp_path / "strengths.png") as picture:
