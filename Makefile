@@ -1,6 +1,7 @@
 # make demo     train on the embedded digits, in a virtual environment made here (.venv)
 # make test     run the tests
 # make story    publish to a Hub on this machine, delete everything, go on from there with new classes
+# make torture  kill, damage and starve runs hundreds of times (half an hour), write results/torture.json
 # make style    lint and format, changing files
 # make quality  the same, changing nothing
 
@@ -9,7 +10,7 @@ PYTHONS = python3.13 python3.12 python3.11 python3
 BIN = .venv/bin
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --no-input -c constraints.txt
 
-.PHONY: demo test story style quality
+.PHONY: demo test story torture style quality
 # Two pip processes must not work on one environment.
 .NOTPARALLEL:
 
@@ -28,6 +29,9 @@ test: .venv/.installed-test
 
 story: .venv/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/story.py
+
+torture: .venv/.installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python tests/torture.py
 
 style: .venv/.installed-quality
 	$(BIN)/ruff check --fix .

@@ -6,14 +6,12 @@ Trains a class-conditional diffusion model on a stream of class sets.
 The order is that of diffusers' `examples/unconditional_image_generation/train_unconditional.py`, inside a loop over tasks.
 """
 
-import copy
-import errno
 import json
 import logging
 import math
-import os
 import shutil
 import sys
+import traceback
 import warnings
 from dataclasses import asdict
 from datetime import timedelta
@@ -30,34 +28,46 @@ from diffusers import DDIMScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import is_wandb_available
-from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
 from diffusers_cl import __version__
-from diffusers_cl.arguments import parse_config, to_yaml
-from diffusers_cl.checkpoint import load_checkpoint, newest_checkpoint, read_state, save_checkpoint
+from diffusers_cl.arguments import parse_config
+from diffusers_cl.checkpoint import check_finite, load_checkpoint, save_checkpoint
+from diffusers_cl.classifier import weights_digest
 from diffusers_cl.config import NUM_TRAIN_TIMESTEPS, OPERATIONAL_KEYS, SECRET_KEYS, TrainingConfig
 from diffusers_cl.data import load_splits
 from diffusers_cl.draws import FisherBatches
-from diffusers_cl.errors import CheckpointError, ConfigError, NonFiniteError, RunError, StorageError
-from diffusers_cl.evaluation import class_grid_columns, create_evaluation, nearest_training_images
-from diffusers_cl.files import write_json, write_text
-from diffusers_cl.folders import CONSOLIDATION, MEMORY_NAME, finished_tasks, task_folder
+from diffusers_cl.errors import ConfigError, NonFiniteError
+from diffusers_cl.evaluation import (
+    class_grid_columns,
+    create_evaluation,
+    create_extractors,
+    nearest_training_images,
+)
+from diffusers_cl.faults import explain
+from diffusers_cl.files import write_json
+from diffusers_cl.folders import CONSOLIDATION, task_folder
 from diffusers_cl.growth import load_weights, restore_penalty
 from diffusers_cl.hub import write_task_folder
+from diffusers_cl.inputs import INPUTS_NAME, check_inputs, collect_inputs
 from diffusers_cl.losses import denoising_losses, training_target
 from diffusers_cl.methods import create_penalty, create_replay
 from diffusers_cl.models import create_unet, load_unet_config
-from diffusers_cl.output import check_output_dir, write_status
+from diffusers_cl.output import OutputLock, check_output_dir, prepare_output_dir, write_status
 from diffusers_cl.pipeline import ClassConditionalPipeline, from_uint8
 from diffusers_cl.plots import format_number
+from diffusers_cl.preflight import scan
+from diffusers_cl.processes import rank, refuse_sharded_parameters, set_num_threads
 from diffusers_cl.publish import RECORD_NAME, BackgroundPush, finish_push
 from diffusers_cl.randomness import derive_seed
 from diffusers_cl.record import RunRecord
 from diffusers_cl.replay import replay_weights
-from diffusers_cl.replay_images import extend_memory, replay_images_for_task
+from diffusers_cl.replay_images import extend_memory, update_replay
 from diffusers_cl.report import write_report
+from diffusers_cl.resume import find_resume_point
 from diffusers_cl.sampling import image_grid, sample_images
+from diffusers_cl.shards import Shards
+from diffusers_cl.signals import Interrupted, StopSignals, end_with_the_launcher
 from diffusers_cl.start import Start, check_start, copy_start, extend_stream, load_start, origin, take_over
 from diffusers_cl.starvation import PenaltyShare
 from diffusers_cl.task_repos import check_hub_access, task_repo_id
@@ -69,34 +79,31 @@ logger = get_logger(__name__, log_level="INFO")
 warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated", category=FutureWarning)
 
 
-def main(config: TrainingConfig, start: Start | None = None) -> None:
+def main(config: TrainingConfig, start: Start | None, lock: OutputLock, stop: StopSignals) -> None:
     """Runs the stream that a configuration describes, after the task `start`, from where the run in `output_dir` stands."""
     output_dir = Path(config.output_dir)
-    check_output_dir(config)
+    check_output_dir(config, lock)
+    refuse_sharded_parameters()
     if start is not None:
         check_start(start, config)
     unet_config = load_unet_config(config, start and start.folder)
     # Before anything is trained that could not be pushed.
     hub_model_id = None
-    if config.push_to_hub and int(os.environ.get("RANK", 0)) == 0:
+    if config.push_to_hub and rank() == 0:
         name = config.hub_model_id or output_dir.resolve().name
         first_own_task = 0 if start is None else start.task + 1
         options = {"license": config.license, "is_new": not (output_dir / RECORD_NAME).exists()}
         hub_model_id = check_hub_access(name, config.hub_token, config.hub_private_repo, first_own_task, **options)
     if config.report_to == "wandb" and not is_wandb_available():
         raise ConfigError("report_to is 'wandb', which is not installed; allowed here: tensorboard, none")
-
-    # `accelerate launch` sets one thread on CPU.
-    num_local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    torch.set_num_threads(config.num_threads or max(1, num_cores // num_local_processes))
+    set_num_threads(config)
 
     accelerator = Accelerator(
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         mixed_precision=config.mixed_precision,
         log_with=None if config.report_to == "none" else config.report_to,
         project_config=ProjectConfiguration(project_dir=output_dir, logging_dir=output_dir / config.logging_dir),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=7200))],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=config.ddp_timeout))],
     )
     device = accelerator.device
     quiet = not accelerator.is_local_main_process
@@ -114,7 +121,6 @@ def main(config: TrainingConfig, start: Start | None = None) -> None:
     else:
         datasets.utils.logging.set_verbosity_error()
         diffusers.utils.logging.set_verbosity_error()
-    if quiet:
         datasets.disable_progress_bars()
 
     precision = "tf32" if config.allow_tf32 else "ieee"
@@ -124,7 +130,8 @@ def main(config: TrainingConfig, start: Start | None = None) -> None:
     with accelerator.local_main_process_first():
         train_split, test_split = load_splits(config, start and unet_config["in_channels"])
         tasks = resolve_tasks(config, train_split, test_split)
-    class_ids = {name: class_id for class_id, name in enumerate(name for names in tasks for name in names)}
+    new_classes = [name for names in tasks for name in names]
+    class_ids = {name: class_id for class_id, name in enumerate(new_classes)}
     if start is not None:
         tasks, class_ids = extend_stream(start, tasks, config, train_split.channels * config.resolution**2)
     # One training phase a task; a joint run has one for all of them.
@@ -135,9 +142,19 @@ def main(config: TrainingConfig, start: Start | None = None) -> None:
     if config.stream == "cumulative":
         phases = [[name for names in tasks[: task + 1] for name in names] for task in range(len(tasks))]
 
-    # The extractor is there before training starts, or the run stops here.
+    # Every image is looked at, and the extractor is there, before training starts, or the run stops here.
     with accelerator.local_main_process_first():
-        evaluation = create_evaluation(config, start, train_split, test_split, tasks, class_ids, device, quiet)
+        data = scan([train_split, test_split], new_classes, config.cache_dir, quiet)
+        extractors = create_extractors(config, start, train_split, class_ids, device, quiet)
+    if data["converted"]:
+        logger.info(f"Of {data['images']} images some are converted: {data['converted']}")
+    # How the processes share out what is sampled and measured.
+    sharing = {
+        "process_index": accelerator.process_index,
+        "num_processes": accelerator.num_processes,
+        "gather": accelerator.gather if accelerator.num_processes > 1 else None,
+    }
+    evaluation = create_evaluation(config, start, test_split, tasks, class_ids, *extractors, **sharing)
 
     # Initialize the model and the noise scheduler
     min_rows = unet_config["num_class_embeds"] if start else 0
@@ -151,12 +168,7 @@ def main(config: TrainingConfig, start: Start | None = None) -> None:
 
     # Handle the output folder
     if accelerator.is_main_process:
-        if config.overwrite_output_dir and output_dir.exists():
-            shutil.rmtree(output_dir)
-        (output_dir / "logs").mkdir(parents=True, exist_ok=True)
-        (output_dir / "samples").mkdir(exist_ok=True)
-        if not (output_dir / "config.yaml").exists():
-            write_text(output_dir / "config.yaml", to_yaml(config))
+        prepare_output_dir(config, lock)
         if start is not None:
             copy_start(start, output_dir, config.revision)
             logger.info(f"Going on from {start.model}, whose settings hold where nothing else is given:")
@@ -164,23 +176,10 @@ def main(config: TrainingConfig, start: Start | None = None) -> None:
     accelerator.wait_for_everyone()
 
     # Potentially go on from a previous run: after its last finished task, or within a task from a checkpoint.
-    states = finished_tasks(output_dir)
-    first_task = states[-1]["task"] + 1 if states else 0
-    checkpoint = None
-    if config.resume_from_checkpoint is not None:
-        checkpoint = Path(config.resume_from_checkpoint), read_state(config.resume_from_checkpoint)
-        if checkpoint[1]["task"] > first_task:
-            raise CheckpointError(
-                f"{checkpoint[0]} is of task {checkpoint[1]['task']}, whose teacher is not in {output_dir}"
-            )
-        first_task = checkpoint[1]["task"]
-        states = [state for state in states if state["task"] < first_task]
-    elif first_task < len(phases):
-        checkpoint = newest_checkpoint(output_dir, first_task, logger.warning)
-    rows, fisher = (states[-1]["rows"], states[-1]["fisher"]) if states else ([], [])
-    global_step = states[-1]["global_step"] if states else 0
-    if states and not (start is not None and first_task == start.task + 1):
-        previous = task_folder(output_dir, first_task - 1)
+    resume = find_resume_point(output_dir, config.resume_from_checkpoint, len(phases), logger.warning)
+    rows, fisher, global_step, checkpoint = resume.rows, resume.fisher, resume.global_step, resume.checkpoint
+    if rows and not (start is not None and resume.task == start.task + 1):
+        previous = task_folder(output_dir, resume.task - 1)
         load_weights(unet, previous)
         if penalty is not None:
             restore_penalty(penalty, previous / CONSOLIDATION, unet)
@@ -198,13 +197,19 @@ def main(config: TrainingConfig, start: Start | None = None) -> None:
             revision=config.hub_revision,
         )
         push.start()
-    if first_task == len(phases):
+    if resume.task == len(phases):
+        if accelerator.is_main_process:
+            shutil.rmtree(output_dir / "shards", ignore_errors=True)
         finish_push(push, config.hub_push_timeout)
         accelerator.print(f"{output_dir} is finished. The report is {output_dir / 'report.md'}")
         return
 
-    record = RunRecord(output_dir, accelerator)
+    # What the numbers depend on beside the configuration is as it was.
+    inputs = collect_inputs(data, class_ids, unet_config, accelerator)
+    record = RunRecord(output_dir, accelerator, check_inputs(output_dir, inputs, config.allow_inexact))
+    record.write()
     if accelerator.is_main_process:
+        write_json(output_dir / INPUTS_NAME, inputs)
         scalars = {
             key: value
             for key, value in asdict(config).items()
@@ -213,7 +218,7 @@ def main(config: TrainingConfig, start: Start | None = None) -> None:
         accelerator.init_trackers("train_continual", config=scalars)
         train_log = open(output_dir / "logs" / "train_log.jsonl", "a", buffering=1)  # noqa: SIM115 (closed at the end)
 
-    def sampler(unet, num_inference_steps: int, batch_size: int, description: str):
+    def sampler(unet, phase: str, num_inference_steps: int, batch_size: int):
         """Returns a function of class ids and noise keys that samples uint8 images, shared out over the processes."""
         return partial(
             sample_images,
@@ -221,49 +226,38 @@ def main(config: TrainingConfig, start: Start | None = None) -> None:
             seed=config.seed,
             num_inference_steps=num_inference_steps,
             batch_size=batch_size,
-            process_index=accelerator.process_index,
-            num_processes=accelerator.num_processes,
-            gather=accelerator.gather if accelerator.num_processes > 1 else None,
-            description=description,
+            **sharing,
+            description=f"Task {record.task}: sampling ({phase})",
             disable_progress_bar=quiet,
+            folder=shards / phase,
         )
 
-    for task in range(first_task, len(phases)):
+    for task in range(resume.task, len(phases)):
+        record.task = task
+        # Parts of long phases, from which a run goes on that was killed in one.
+        shards = output_dir / "shards" / f"task-{task:02d}"
         seen = list(dict.fromkeys(name for names in tasks[: num_tasks_seen[task]] for name in names))
 
         # The model of the previous task is the teacher, and generates what is replayed.
         memory = None
         if replay is not None and task > 0:
             with record.phase("replay"):
-                # Real images need none.
-                teacher = None if replay.source == "memory" else copy.deepcopy(unet).eval().requires_grad_(False)
-                # A class that was learned twice is replayed once, as it was learned last.
-                last = {name: learned for learned in range(task) for name in tasks[learned]}
-                earlier = [[class_ids[n] for n in tasks[t] if last[n] == t] for t in range(task)]
-                if replay.source == "generated":
-                    images, class_labels, num_generated = replay_images_for_task(
-                        output_dir,
-                        task,
-                        earlier,
-                        config.replay_images_per_class,
-                        config.replay_refresh,
-                        sampler(
-                            teacher,
-                            config.replay_num_inference_steps,
-                            config.replay_batch_size,
-                            f"Task {task}: generating replay",
-                        ),
-                        accelerator,
-                        logger.warning,
-                        none_kept=start is not None and task == start.task + 1,
-                    )
-                    record.content["images"]["generated"] += num_generated
-                elif replay.source == "memory":
-                    memory = load_file(task_folder(output_dir, task - 1) / CONSOLIDATION / MEMORY_NAME)
-                    images, class_labels = memory["images"].to(device), memory["class_labels"].to(device)
-                else:
-                    images, class_labels = None, torch.tensor([class_id for ids in earlier for class_id in ids])
-                replay.update(images, class_labels, teacher)
+                memory, num_generated = update_replay(
+                    replay,
+                    output_dir,
+                    task,
+                    tasks,
+                    class_ids,
+                    unet,
+                    lambda teacher: sampler(
+                        teacher, "replay", config.replay_num_inference_steps, config.replay_batch_size
+                    ),
+                    config,
+                    accelerator,
+                    logger.warning,
+                    none_kept=start is not None and task == start.task + 1,
+                )
+                record.content["images"]["generated"] += num_generated
         w_new, w_old = replay_weights(config.replay_weighting, task if replay else 0, config.distillation_weight)
 
         # Length of the task, in optimizer steps
@@ -317,18 +311,19 @@ def main(config: TrainingConfig, start: Start | None = None) -> None:
         # Prepare everything with our `accelerator`. The schedule counts optimizer steps, so it is stepped by the loop.
         model, prepared_optimizer = accelerator.prepare(unet, optimizer)
         first_micro_step = (global_step - step_before_task) * config.gradient_accumulation_steps
+        batches = StepBatches(
+            len(task_rows.labels),
+            config.train_batch_size,
+            max_train_steps * config.gradient_accumulation_steps,
+            config.seed,
+            task,
+            first_micro_step,
+            accelerator.process_index,
+            accelerator.num_processes,
+        )
         train_dataloader = torch.utils.data.DataLoader(
             TaskImages(task_rows, class_ids, (config.seed, "flip", task) if config.random_flip else None),
-            batch_sampler=StepBatches(
-                len(task_rows.labels),
-                config.train_batch_size,
-                max_train_steps * config.gradient_accumulation_steps,
-                config.seed,
-                task,
-                first_micro_step,
-                accelerator.process_index,
-                accelerator.num_processes,
-            ),
+            batch_sampler=batches,
             collate_fn=keep_batch,
             num_workers=config.dataloader_num_workers,
         )
@@ -350,7 +345,8 @@ def main(config: TrainingConfig, start: Start | None = None) -> None:
         penalty_share = PenaltyShare(
             penalty, config.penalty_mode, lambda text, task=task: logger.warning(f"Task {task}: {text}")
         )
-        with record.phase("train"):
+        # A signal is looked at after every step, by all processes together.
+        with record.phase("train"), stop.deferred():
             model.train()
             parts = torch.zeros(4, device=device)
             for micro_step, (images, class_labels) in enumerate(train_dataloader, start=first_micro_step):
@@ -403,30 +399,39 @@ def main(config: TrainingConfig, start: Start | None = None) -> None:
                     if accelerator.sync_gradients:
                         # Without a limit this only measures the norm.
                         grad_norm = accelerator.clip_grad_norm_(unet.parameters(), config.max_grad_norm or math.inf)
-                        parts = accelerator.reduce(parts, reduction="mean") / config.gradient_accumulation_steps
+                        signalled = parts.new_tensor([stop.received is not None])
+                        parts = torch.cat([parts / config.gradient_accumulation_steps, signalled])
+                        parts = accelerator.reduce(parts, reduction="mean")
                         # The one wait for the device in a step, before the weights change.
-                        *values, grad_norm = torch.cat([parts, grad_norm.reshape(1)]).tolist()
+                        *values, stopping, grad_norm = torch.cat([parts, grad_norm.reshape(1)]).tolist()
                         # With fp16 an infinite gradient is the gradient scaler's business.
                         checked = values if accelerator.mixed_precision == "fp16" else [*values, grad_norm]
-                        if not all(map(math.isfinite, checked)):
-                            raise NonFiniteError(
-                                f"task {task}, step {global_step}: loss {values[0]}, gradient norm {grad_norm}; nothing was"
-                                " updated, the last checkpoint is kept"
-                            )
+                        finite = all(map(math.isfinite, checked))
+                        if not finite:
+                            measured = {"loss": values[0], "penalty": values[3], "grad_norm": grad_norm}
+                            first = micro_step + 1 - config.gradient_accumulation_steps
+                            images_of_step = task_rows.rows[batches.indices(first, micro_step + 1)].tolist()
+                            if not record.skip(global_step, config.skip_nonfinite, measured, images_of_step):
+                                raise NonFiniteError(
+                                    f"step {global_step}: loss {values[0]}, gradient norm {grad_norm}; nothing was updated,"
+                                    " the last checkpoint is kept. skip_nonfinite skips such steps"
+                                )
                         clipped = min(1.0, (config.max_grad_norm or math.inf) / (grad_norm + 1e-6))
-                        penalty_share.before_update(unet, global_step, clipped)
-                    prepared_optimizer.step()
+                        if finite:
+                            penalty_share.before_update(unet, global_step, clipped)
+                            prepared_optimizer.step()
+                            penalty_share.after_update(unet)
                     prepared_optimizer.zero_grad()
 
                 # Checks if the accelerator has performed an optimization step behind the scenes
                 if accelerator.sync_gradients:
                     lr = lr_scheduler.get_last_lr()[0]
-                    penalty_share.after_update(unet)
-                    if penalty is not None and config.penalty_mode == "decoupled":
-                        penalty.step(unet, lr)
+                    if finite:
+                        if penalty is not None and config.penalty_mode == "decoupled":
+                            penalty.step(unet, lr)
+                        if ema_model is not None:
+                            ema_model.step(unet.parameters())
                     lr_scheduler.step()
-                    if ema_model is not None:
-                        ema_model.step(unet.parameters())
                     progress_bar.update(1)
                     global_step += 1
                     num_batches = config.gradient_accumulation_steps * accelerator.num_processes
@@ -438,30 +443,33 @@ def main(config: TrainingConfig, start: Start | None = None) -> None:
                         logs["loss_replay"] = values[2]
                     if penalty is not None and config.penalty_mode == "loss":
                         logs["penalty"] = values[3]
-                    if (share := penalty_share.finish(unet)) is not None:
+                    if finite and (share := penalty_share.finish(unet)) is not None:
                         logs["penalty_share"] = share
                     if ema_model is not None:
                         logs["ema_decay"] = ema_model.cur_decay_value
-                    parts = torch.zeros_like(parts)
+                    parts = torch.zeros(4, device=device)
                     progress_bar.set_postfix(loss=f"{values[0]:.4f}", lr=lr, refresh=False)
-                    accelerator.log(logs, step=global_step)
-                    if accelerator.is_main_process:
-                        train_log.write(json.dumps({"step": global_step, "task": task, **logs}) + "\n")
+                    if finite:
+                        accelerator.log(logs, step=global_step)
+                        if accelerator.is_main_process:
+                            train_log.write(json.dumps({"step": global_step, "task": task, **logs}) + "\n")
 
                     task_ends = global_step - step_before_task == max_train_steps
-                    if accelerator.is_main_process and (task_ends or global_step % config.checkpointing_steps == 0):
-                        state = {
-                            "task": task,
-                            "lr_scheduler": lr_scheduler.state_dict(),
-                            "scaler": accelerator.scaler and accelerator.scaler.state_dict(),
-                            "num_processes": accelerator.num_processes,
-                            "threads": torch.get_num_threads(),
-                            "versions": record.content["versions"],
-                        }
-                        path = save_checkpoint(
-                            output_dir, global_step, unet, optimizer, state, ema_model, config.checkpoints_total_limit
-                        )
-                        logger.info(f"Saved state to {path}")
+                    if task_ends or stopping or global_step % config.checkpointing_steps == 0:
+                        check_finite(unet, optimizer, ema_model)
+                        if accelerator.is_main_process:
+                            state = {
+                                "task": task,
+                                "lr_scheduler": lr_scheduler.state_dict(),
+                                "scaler": accelerator.scaler and accelerator.scaler.state_dict(),
+                            }
+                            limit = config.checkpoints_total_limit
+                            path = save_checkpoint(output_dir, global_step, unet, optimizer, state, ema_model, limit)
+                            logger.info(f"Saved state to {path}")
+                    if stopping:
+                        # Nobody leaves before the checkpoint is there.
+                        accelerator.wait_for_everyone()
+                        raise Interrupted(stop.received or 143)
         progress_bar.close()
 
         accelerator.wait_for_everyone()
@@ -475,7 +483,7 @@ def main(config: TrainingConfig, start: Start | None = None) -> None:
         if penalty is not None:
             with record.phase("fisher"):
                 logger.info(f"Task {task}: estimating the Fisher")
-                batches = FisherBatches(
+                draws = FisherBatches(
                     TaskImages(task_rows, class_ids),
                     noise_scheduler,
                     config.fisher_samples,
@@ -487,20 +495,19 @@ def main(config: TrainingConfig, start: Start | None = None) -> None:
                     accelerator.process_index,
                     accelerator.num_processes,
                 )
-                try:
-                    penalty.consolidate(
-                        unet,
-                        lambda model, batch: denoising_losses(model, *batch),
-                        batches,
-                        reduce=lambda tensor: accelerator.reduce(tensor, reduction="sum"),
-                        diagnostics=config.fisher_diagnostics,
-                    )
-                except FloatingPointError as error:
-                    raise NonFiniteError(f"task {task}: {error}") from error
+                own_inputs = {**inputs, "weights": weights_digest(unet), "rank": rank()}
+                penalty.consolidate(
+                    unet,
+                    lambda model, batch: denoising_losses(model, *batch),
+                    draws,
+                    reduce=lambda tensor: accelerator.reduce(tensor, reduction="sum"),
+                    diagnostics=config.fisher_diagnostics,
+                    progress=Shards(shards / f"fisher-{rank()}", own_inputs, config.checkpointing_steps),
+                )
 
         fisher = [*fisher, penalty and penalty.summary()[-1]]
         with record.phase("evaluate"):
-            sample = sampler(unet, config.eval_num_inference_steps, config.eval_batch_size, f"Task {task}: evaluating")
+            sample = sampler(unet, "evaluate", config.eval_num_inference_steps, config.eval_batch_size)
             row, first_images = evaluation(sample, num_tasks_seen[task])
             record.content["images"]["generated"] += sum(row["num_images"])
             rows = [*rows, row]
@@ -568,12 +575,13 @@ def main(config: TrainingConfig, start: Start | None = None) -> None:
                 write_task_folder(
                     output_dir, pipeline, penalty, memory, evaluation, state, grid, config, metrics, repo_id
                 )
+                shutil.rmtree(shards.parent, ignore_errors=True)
                 if push is not None:
                     push.start()
             accelerator.wait_for_everyone()
 
+    record.write()
     if accelerator.is_main_process:
-        record.write()
         train_log.close()
     accelerator.print(f"Done. The report is {output_dir / 'report.md'}")
     accelerator.end_training()
@@ -582,35 +590,30 @@ def main(config: TrainingConfig, start: Start | None = None) -> None:
 
 def run(arguments: list[str] | None = None) -> int:
     """Returns the exit code of a run; a fault that its user can mend prints one sentence."""
-    output_dir = None
-    try:
-        config = parse_config(arguments)
-        output_dir = Path(config.output_dir)
-        if (start := load_start(config)) is not None:
-            config = parse_config(arguments, inherited=start.settings)
+    output_dir, debug = None, "--debug" in (sys.argv if arguments is None else arguments)
+    with StopSignals() as stop, OutputLock() as lock:
         try:
-            main(config, start)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+            config = parse_config(arguments)
+            output_dir, debug = Path(config.output_dir), config.debug
+            if (start := load_start(config)) is not None:
+                config = parse_config(arguments, inherited=start.settings)
+            main(config, start, lock, stop)
+        except (Exception, KeyboardInterrupt) as error:
+            stop.ignore()
+            exit_code, message = explain(error, output_dir, stop.received)
+            # A folder that holds another run keeps that run's status.
+            if lock.held:
+                write_status(output_dir, exit_code, message or f"{type(error).__name__}: {error}")
+            if message is None:
                 raise
-            raise StorageError(f"output_dir: cannot write {error.filename or output_dir}: {error.strerror}") from error
-    except RunError as error:
-        # The error of a data loader's worker arrives with its traceback for a message.
-        message = str(error).strip().splitlines()[-1].rpartition(f".{type(error).__name__}: ")[2]
-        print(f"train_continual.py: error: {message}", file=sys.stderr)
-        # A folder that holds another run keeps that run's status.
-        if output_dir is not None and not isinstance(error, (ConfigError, StorageError)):
-            write_status(output_dir, error.exit_code, message)
-        return error.exit_code
-    except KeyboardInterrupt:
-        message = "interrupted; the command in status.json goes on from the newest checkpoint"
-        print(f"train_continual.py: {message}", file=sys.stderr)
-        if output_dir is not None:
-            write_status(output_dir, 130, message)
-        return 130
-    write_status(output_dir, 0, "finished")
+            if debug:
+                traceback.print_exc()
+            print(f"train_continual.py: {'error: ' * (exit_code < 128)}{message}", file=sys.stderr)
+            return exit_code
+        write_status(output_dir, 0, "finished")
     return 0
 
 
 if __name__ == "__main__":
+    end_with_the_launcher()
     sys.exit(run())

@@ -1,38 +1,123 @@
 """The command line and the YAML files of a run, as a [`TrainingConfig`], and back."""
 
-import argparse
 import dataclasses
 import difflib
+import functools
 import re
+import reprlib
 import sys
-from pathlib import Path
+from types import NoneType
+from typing import Literal, get_args, get_origin
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+from jsonargparse import ArgumentParser, set_loader, set_parsing_settings
 
 from .config import SECRET_KEYS, TrainingConfig, validate
-from .errors import ConfigError, first_line
+from .errors import ConfigError
+from .plain_yaml import dump_yaml, load_yaml, read_settings
 
 
-# What jsonargparse says of a value that fits none of several types.
-UNION_MESSAGE = r'Parser key "([^"]+)": Does not validate .* Subtypes: \[(.*)\] Errors: .* Given value: (.*)'
+TYPES = {field.name: field.type for field in dataclasses.fields(TrainingConfig)}
+TYPE_NAMES = {bool: "true or false", int: "whole number", float: "number", str: "text", NoneType: "null"}
+NO_TEXT = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
+
+
+def _check_keys(keys: list, known: list[str], where: str) -> None:
+    for key in keys:
+        if key not in known:
+            plain = str(key).lower().replace("-", "_")
+            close = difflib.get_close_matches(plain, known)
+            # Two letters that changed places: of keys as close, the one with the same letters.
+            best = max(close, key=lambda name: sorted(name) == sorted(plain), default=None)
+            hint = f"did you mean {best!r}?" if best else "--help lists them all"
+            raise ConfigError(f"{where}: unknown key {key!r:.100}; {hint}")
+
+
+def _describe(kind) -> str:
+    """A type in words."""
+    if get_origin(kind) is Literal:
+        return ", ".join(map(repr, get_args(kind)))
+    if get_origin(kind) is list:
+        return f"[{_describe(get_args(kind)[0])}, ...]"
+    return TYPE_NAMES.get(kind) or " or ".join(map(_describe, get_args(kind)))
+
+
+def _fits(value, kind) -> bool:
+    """Whether a value is of a type as it stands. jsonargparse takes null for any type, and reads the text '5' as 5."""
+    options = get_args(kind)
+    if get_origin(kind) is Literal:
+        return isinstance(value, str) and value in options
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(_fits(item, options[0]) for item in value)
+    if options:
+        return any(_fits(value, option) for option in options)
+    if kind is float and type(value) is int:
+        return abs(value) <= sys.float_info.max
+    # A bool is no int here.
+    return type(value) is kind and not (kind is str and (not value.strip() or NO_TEXT.search(value)))
+
+
+def _check(settings: dict, where: str) -> None:
+    """Raises `ConfigError` for a key that there is not, or a value of another type than the configuration declares."""
+    _check_keys(list(settings), list(TYPES), where)
+    for key, value in settings.items():
+        if not _fits(value, TYPES[key]):
+            shown = "not text" if key in SECRET_KEYS else reprlib.repr(value)
+            allowed = _describe(TYPES[key])
+            if "text" in allowed:
+                allowed += "; text: not empty, no control characters, in quotes where YAML sees another type"
+            raise ConfigError(f"{where}: {key} is {shown}; allowed: {allowed}")
+
+
+def _from_text(key: str, text: str):
+    """Returns what the command line says: text as it is typed where no number is allowed, otherwise YAML."""
+    options = (TYPES[key], *get_args(TYPES[key]))
+    if not text.strip() or (str in options and float not in options):
+        return text
+    try:
+        value = load_yaml(text)
+    except yaml.YAMLError:
+        return text
+    return text if isinstance(value, str) else value
 
 
 class _Parser(ArgumentParser):
-    """Raises instead of printing the usage: a fault is one sentence."""
+    """Reads what is typed as YAML files are read, and raises instead of printing the usage: a fault is one sentence."""
+
+    def _get_values(self, action, arg_strings):
+        value = super()._get_values(action, arg_strings)
+        if action.dest in TYPES:
+            value = _from_text(action.dest, value)
+            _check({action.dest: value}, "command line")
+        return value
 
     def error(self, message: str, ex: Exception | None = None):
-        text = re.sub(r"<class '(\w+)'>|typing\.Literal\[([^]]*)\]", r"\1\2", " ".join(message.split()))
-        text = re.sub(r'Parser key "([^"]+)": Expected an? (.*?)\. Got value: (.*)', r"\1 is \3; allowed: \2", text)
-        raise ConfigError(re.sub(UNION_MESSAGE, r"\1 is \3; allowed: \2", text)) from ex
+        raise ConfigError(f"command line: {' '.join(message.split()):.300}; allowed: --key value") from ex
 
 
-def _check_keys(keys: list[str], where: str) -> None:
-    known = [field.name for field in dataclasses.fields(TrainingConfig)]
-    for key in keys:
-        if str(key).removesuffix("+") not in known:
-            close = difflib.get_close_matches(str(key), known, n=1)
-            raise ConfigError(f"{where}: unknown key {key!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+@functools.cache
+def _parser() -> _Parser:
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    # jsonargparse reads text as YAML, in objects too. Here it has been read already.
+    set_loader("text", lambda text: text)
+    parser = _Parser(
+        prog="train_continual.py",
+        usage="%(prog)s --config FILE [--config FILE ...] [--key value ...]",
+        description=TrainingConfig.__doc__,
+        parser_mode="text",
+        print_config=None,
+    )
+    parser.add_argument(
+        "--config", action="append", metavar="FILE", help="A YAML file; may be repeated, a later one wins."
+    )
+    parser.add_class_arguments(TrainingConfig, as_group=False)
+    for action in [action for action in parser._actions if action.dest in TYPES]:
+        # No `--tasks+` to append: a key is given once.
+        action.option_strings = [f"--{action.dest}"]
+        # `--use_ema` alone means true, as in diffusers' scripts.
+        if bool in (TYPES[action.dest], *get_args(TYPES[action.dest])):
+            action.nargs, action.const = "?", "true"
+    return parser
 
 
 def parse_config(arguments: list[str] | None = None, inherited: dict | None = None) -> TrainingConfig:
@@ -46,41 +131,18 @@ def parse_config(arguments: list[str] | None = None, inherited: dict | None = No
     Raises:
         ConfigError: unknown key, wrong type or impossible combination, naming the key and what is allowed.
     """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    keys = [argument[2:].partition("=")[0] for argument in arguments if argument.startswith("--")]
+    _check_keys(keys, [*TYPES, "config", "help"], "command line")
+    given = _parser().parse_args(arguments, defaults=False).as_dict()
     # Files first: the command line wins wherever it stands.
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    first.add_argument("--config", action="append", default=[])
-    try:
-        found, rest = first.parse_known_args(sys.argv[1:] if arguments is None else arguments)
-    except argparse.ArgumentError as error:
-        raise ConfigError(str(error)) from error
-    for file in (files := found.config):
-        try:
-            content = yaml.safe_load(Path(file).read_text())
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ConfigError(f"--config {file}: {first_line(error)}") from error
-        if not isinstance(content, dict):
-            raise ConfigError(f"--config {file}: expected a mapping of keys to values, found {type(content).__name__}")
-        _check_keys(list(content), file)
-    _check_keys([a[2:].split("=", 1)[0] for a in rest if a.startswith("--") and a != "--help"], "command line")
-    # `--use_ema` alone means true, as in diffusers' scripts.
-    switches = {f"--{field.name}" for field in dataclasses.fields(TrainingConfig) if field.type is bool}
-    for position in reversed(range(len(rest))):
-        if rest[position] in switches and (rest + ["--"])[position + 1].startswith("--"):
-            rest[position] += "=true"
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    about = TrainingConfig.__doc__
-    parser = _Parser(prog="train_continual.py", description=about, exit_on_error=False, print_config=None)
-    parser.add_argument("--config", action="config", help="a YAML file; may be repeated, a later one wins")
-    parser.add_class_arguments(TrainingConfig, as_group=False)
-    if inherited:
-        # From a file like any other: its types are checked.
-        parser.parse_object(inherited)
-        parser.set_defaults(inherited)
-    try:
-        namespace = parser.parse_args([part for file in files for part in ("--config", file)] + rest)
-    except ArgumentError as error:
-        raise ConfigError(" ".join(str(error).split())) from error
-    config = TrainingConfig(**{key: value for key, value in namespace.as_dict().items() if key != "config"})
+    sources = [("settings of pretrained_model_name_or_path", inherited or {})]
+    sources += [(f"--config {file!r:.300}", read_settings(file)) for file in given.pop("config", [])]
+    settings = {}
+    for where, content in sources:
+        _check(content, where)
+        settings |= content
+    config = TrainingConfig(**_parser().parse_object(settings | given, defaults=False).as_dict())
     validate(config)
     return config
 
@@ -88,4 +150,4 @@ def parse_config(arguments: list[str] | None = None, inherited: dict | None = No
 def to_yaml(config: TrainingConfig) -> str:
     """Returns the configuration as YAML, in the order of the dataclass, without what is secret."""
     content = {key: value for key, value in dataclasses.asdict(config).items() if key not in SECRET_KEYS}
-    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    return dump_yaml(content)

@@ -96,9 +96,9 @@ def train_classifier(
 
 
 def weights_digest(network: nn.Module) -> str:
-    """Returns the sha256 of a network's weights, on the CPU, by which results name it."""
+    """Returns the sha256 of a network's weights, by which results name it."""
     digest = hashlib.sha256()
     for tensor in network.state_dict().values():
         # NumPy has no bfloat16.
-        digest.update((tensor.float() if tensor.is_floating_point() else tensor).numpy().tobytes())
+        digest.update((tensor.float() if tensor.is_floating_point() else tensor).cpu().numpy().tobytes())
     return digest.hexdigest()

@@ -2,7 +2,9 @@
 
 import dataclasses
 import math
+from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from .errors import ConfigError
@@ -20,6 +22,10 @@ OPERATIONAL_KEYS = (
     "logging_dir",
     "cache_dir",
     "dataloader_num_workers",
+    "allow_inexact",
+    "skip_nonfinite",
+    "ddp_timeout",
+    "debug",
     "push_to_hub",
     "hub_model_id",
     "hub_private_repo",
@@ -29,7 +35,13 @@ OPERATIONAL_KEYS = (
 )
 # Never written anywhere.
 SECRET_KEYS = ("hub_token",)
+# All other whole numbers count something.
+MAY_BE_ZERO = ("lr_warmup_steps", "dataloader_num_workers", "seed", "skip_nonfinite")
 NUM_TRAIN_TIMESTEPS = 1000
+# All other whole numbers have 31 bits. The longest timeout is a week.
+AT_MOST = {"seed": 2**63 - 1, "memory_bytes": 2**63 - 1, "num_threads": 1024, "dataloader_num_workers": 1024}
+AT_MOST |= {"resolution": 4096, "ddp_timeout": 604_800}
+AT_MOST |= dict.fromkeys(("replay_num_inference_steps", "eval_num_inference_steps"), NUM_TRAIN_TIMESTEPS)
 
 
 @dataclass
@@ -65,11 +77,11 @@ class TrainingConfig:
     """Processes that load images; 0 loads in the main process."""
 
     # Stream
-    tasks: list[list[int | str]] | None = None
+    tasks: list[list[str | int]] | None = None  # Text first: jsonargparse tries types in order, and '01' is no 1.
     """The classes of every task: lists of class names (or of label ids). Give this or `classes_per_task`."""
     classes_per_task: int | None = None
     """Cut all classes, in `class_order`, into tasks of so many."""
-    class_order: int | list[int | str] | None = None
+    class_order: int | list[str | int] | None = None
     """For `classes_per_task`: a list of class names or ids, or a number that seeds a shuffle; by default label order."""
     stream: Literal["sequential", "joint", "cumulative"] = "sequential"
     """`sequential`: a task sees its own classes; `joint`: one phase over all (upper bound); `cumulative`: a task sees all
@@ -103,7 +115,7 @@ class TrainingConfig:
     `l2` (all parameters alike) and `random_direction` (as stiff as `rank1_ewc`) are there to judge them by."""
     penalty_mode: Literal["loss", "decoupled"] = "loss"
     """`loss`: added to the loss (the paper); `decoupled`: an exact proximal step after the optimizer's (not the paper)."""
-    ewc_lambda: float | str = 15_000.0
+    ewc_lambda: str | float = 15_000.0
     """Weight of the penalty, or `auto`: the measured curvature of the old task's loss in its place; `10xauto` is ten times
     that."""
     fisher_rank: int = 8
@@ -180,9 +192,19 @@ class TrainingConfig:
     checkpointing_steps: int = 500
     """Save a checkpoint for resuming every so many optimizer steps."""
     checkpoints_total_limit: int | None = None
-    """Keep at most so many checkpoints."""
+    """Keep at most so many checkpoints, two at least."""
     resume_from_checkpoint: str | None = None
     """A checkpoint folder to go back to; by default the newest valid one in `output_dir`."""
+    allow_inexact: bool = False
+    """Go on with another number of processes or threads, device or versions than before; the numbers then differ, and
+    `run.json` records it."""
+    skip_nonfinite: int = 0
+    """Skip at most so many steps with a loss or gradient that is not finite, and note their images in `run.json`; then
+    the run stops."""
+    ddp_timeout: int = 1800
+    """Seconds that a process waits for the others before it takes them for lost."""
+    debug: bool = False
+    """Print the traceback of faults that end with one sentence."""
     report_to: Literal["tensorboard", "wandb", "none"] = "tensorboard"
     """Where to send losses and images while training."""
     logging_dir: str = "logs"
@@ -236,31 +258,34 @@ def validate(config: TrainingConfig) -> None:
 
     def require(condition: bool, key: str, allowed: str) -> None:
         if not condition:
-            raise ConfigError(f"{key} is {getattr(config, key)!r}; allowed: {allowed}")
+            raise ConfigError(f"{key} is {getattr(config, key)!r:.200}; allowed: {allowed}")
 
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         require(not isinstance(value, float) or math.isfinite(value), field.name, "finite numbers")
-        # All whole numbers count something, but for these three.
-        if field.type in (int, int | None) and field.name not in ("seed", "lr_warmup_steps", "dataloader_num_workers"):
-            require(value is None or value >= 1, field.name, "whole numbers from 1")
+        if field.type in (int, int | None) and value is not None:
+            least, most = int(field.name not in MAY_BE_ZERO), AT_MOST.get(field.name, 2**31 - 1)
+            require(least <= value <= most, field.name, f"whole numbers from {least} to {most}")
     goes_on = config.pretrained_model_name_or_path is not None
     for one, other in (("dataset_name", "train_data_dir"), ("tasks", "classes_per_task")):
         first, second = getattr(config, one), getattr(config, other)
         # A stream that goes on learns all new classes at once, if nothing is said.
         none_needed = goes_on and one == "tasks" and first is None
         if (first is None) == (second is None) and not none_needed:
-            both = f"{one} ({first!r}) and {other} ({second!r})"
+            both = f"{one} ({first!r:.200}) and {other} ({second!r:.200})"
             raise ConfigError(f"give exactly one of {both}; null takes back a preset's")
     if config.tasks is not None:
         require(config.class_order is None, "class_order", "null when tasks are listed")
         require(len(config.tasks) > 0 and all(config.tasks), "tasks", "non-empty lists of classes")
-        names = [str(name) for task in config.tasks for name in task]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ConfigError(f"tasks: the class {twice[0]!r} stands in more than one place, but belongs to one task")
+        counts = Counter(str(name) for task in config.tasks for name in task)
+        name, count = max(counts.items(), key=lambda item: item[1])
+        if count > 1:
+            raise ConfigError(f"tasks: the class {name!r:.200} stands in more than one place, but belongs to one task")
+    if (order := config.class_order) is not None:
+        seed = isinstance(order, int) and 0 <= order <= AT_MOST["seed"]
+        require(seed or (isinstance(order, list) and order), "class_order", "a list of classes, or a seed from 0")
     if goes_on:
-        allowed = f"'sequential' when going on from {config.pretrained_model_name_or_path}, without its data"
+        allowed = f"'sequential' when going on from {config.pretrained_model_name_or_path!r:.200}, without its data"
         require(config.stream == "sequential", "stream", allowed)
         require(config.model_config_name_or_path is None, "model_config_name_or_path", "null: the model is there")
     for key in ("revision", "allow_known_classes"):
@@ -271,15 +296,17 @@ def validate(config: TrainingConfig) -> None:
         require(config.replay == "none", "replay", allowed)
         require(config.penalty == "none", "penalty", allowed)
     if (steps := config.max_train_steps) is not None:
-        fewest = min(steps if isinstance(steps, list) else [steps], default=0)
-        require(fewest >= 1, "max_train_steps", "whole numbers from 1, at least one")
+        within = {0 < step < 2**31 for step in (steps if isinstance(steps, list) else [steps])} == {True}
+        require(within, "max_train_steps", f"whole numbers from 1 to {2**31 - 1}, at least one")
     positive = "learning_rate adam_epsilon max_grad_norm distillation_weight ema_inv_gamma ema_power hub_push_timeout"
     for key in positive.split():
         require(getattr(config, key) is None or getattr(config, key) > 0, key, "positive numbers")
     for key in ("adam_beta1", "adam_beta2", "ema_max_decay"):
         require(0 <= getattr(config, key) < 1, key, "[0, 1)")
-    for key in ("lr_warmup_steps", "dataloader_num_workers", "seed", "adam_weight_decay"):
-        require(getattr(config, key) >= 0, key, "0 or more")
+    require(config.adam_weight_decay >= 0, "adam_weight_decay", "0 or more")
+    require(config.hub_push_timeout <= AT_MOST["ddp_timeout"], "hub_push_timeout", "at most a week, in seconds")
+    inside = not Path(config.logging_dir).is_absolute() and ".." not in Path(config.logging_dir).parts
+    require(inside, "logging_dir", "a folder inside output_dir")
     try:
         parse_ewc_lambda(config.ewc_lambda)
     except ValueError as error:

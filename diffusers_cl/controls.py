@@ -7,7 +7,8 @@ Neither is a method to use. If a random direction of equal strength holds as muc
 import torch
 
 from .ewc import DiagonalEWC, Rank1EWC
-from .fisher import Losses, Rank1Fisher, Reduce, _identity, curvature_along, trainable_parameters
+from .fisher import Rank1Fisher, curvature_along
+from .passes import Losses, Reduce, alone, first_draws, trainable_parameters
 
 
 # Curvatures along random directions are small: a step as long as this keeps the differences above float32's noise.
@@ -25,10 +26,13 @@ def random_direction(model: torch.nn.Module, generator: torch.Generator) -> dict
     return {name: (tensor / norm).float().to(parameters[name].device) for name, tensor in direction.items()}
 
 
-def _generator(batches, reduce: Reduce) -> torch.Generator:
-    """Seeded by the draws, which are a function of the run's seed and the task: equal on every process."""
-    first = next(iter(batches))[0].double().sum()
-    return torch.Generator().manual_seed(int(reduce(first).abs().item() * 2**20))
+def _generator(model: torch.nn.Module, batches, reduce: Reduce) -> torch.Generator:
+    """Seeded by the first batch, a function of the run's seed and the task: the same for any number of processes."""
+    total = torch.zeros((), dtype=torch.float64, device=next(model.parameters()).device)
+    # Of several processes one has the first draw.
+    if any(len(batch[0]) for batch in first_draws(batches, 1)):
+        total += next(iter(batches))[0].double().sum()
+    return torch.Generator().manual_seed(int(reduce(total).abs().item() * 2**20))
 
 
 class RandomDirectionEWC(Rank1EWC):
@@ -40,7 +44,7 @@ class RandomDirectionEWC(Rank1EWC):
     kind = "random_direction"
 
     def _direction(self, model: torch.nn.Module, fisher: Rank1Fisher, batches, reduce: Reduce):
-        return random_direction(model, _generator(batches, reduce))
+        return random_direction(model, _generator(model, batches, reduce))
 
 
 class L2Penalty(DiagonalEWC):
@@ -54,16 +58,16 @@ class L2Penalty(DiagonalEWC):
 
     kind = "l2"
 
-    def _estimate(self, model: torch.nn.Module, losses: Losses, batches, reduce: Reduce = _identity):
+    def _estimate(self, model: torch.nn.Module, losses: Losses, batches, reduce: Reduce = alone, progress=None):
         strength, num_samples, curvature = 1.0, 0, None
         if self.automatic:
             counted = torch.tensor(float(sum(len(batch[0]) for batch in batches)), dtype=torch.float64)
             num_samples = int(reduce(counted.to(next(model.parameters()).device)).item())
-            generator = _generator(batches, reduce)
+            generator = _generator(model, batches, reduce)
             measured = []
-            for _ in range(ISOTROPIC_DIRECTIONS):
-                direction = random_direction(model, generator)
-                measured += curvature_along(model, losses, batches, direction, (ISOTROPIC_STEP,), reduce)
+            for k in range(ISOTROPIC_DIRECTIONS):
+                along, step = random_direction(model, generator), (ISOTROPIC_STEP,)
+                measured += curvature_along(model, losses, batches, along, step, reduce, progress, f"loss-{k}")
             curvature = sum(measured) / len(measured)
             strength = max(0.0, curvature)
         constant = {name: torch.full_like(p, strength) for name, p in trainable_parameters(model).items()}

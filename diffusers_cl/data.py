@@ -1,17 +1,17 @@
-"""From a Hugging Face dataset to splits of undecoded images with a label each: columns, classes, transforms."""
+"""From a Hugging Face dataset to splits of undecoded images with a label each."""
 
-import io
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
 import numpy as np
-import PIL.Image
 import torch
-from torchvision.transforms import functional as transforms
 
 from .config import TrainingConfig
 from .errors import DataError, first_line
+from .images import image_bytes, open_image, to_uint8_array
+from .labels import check_class_lists, check_folders, row_labels
 from .randomness import derive_seed, permutation
 
 
@@ -66,9 +66,10 @@ class ImageSplit:
         """Returns whether the first image that can be read has a single channel."""
         for entry in self.dataset[self.image_column]:
             try:
-                with _open(entry) as image:
+                with open_image(image_bytes(entry)) as image:
                     return image.mode in ("1", "L", "LA") or image.mode.startswith("I")
-            except (OSError, SyntaxError, TypeError):
+            # Pillow's readers raise whatever they stumble over, also IndexError, struct.error and zlib.error.
+            except Exception:
                 continue
         raise DataError(f"no image of split {self.name!r} can be read")
 
@@ -84,34 +85,16 @@ class ImageSplit:
             positions, self.dataset[[int(p) for p in positions]][self.image_column], strict=True
         ):
             try:
-                with _open(entry) as image:
-                    image.load()
-                    images.append(_to_uint8_array(image, self.channels, self.resolution, self.resize_mode))
-            except (OSError, SyntaxError, ValueError, TypeError, PIL.Image.DecompressionBombError) as error:
-                where = f" ({entry['path']})" if isinstance(entry, dict) and entry["path"] else ""
-                raise DataError(
-                    f"the image in row {self.rows[position]} of split {self.name!r}{where} cannot be read: {error}"
-                ) from error
+                with open_image(image_bytes(entry)) as image:
+                    images.append(to_uint8_array(image, self.channels, self.resolution, self.resize_mode))
+            except Exception as error:
+                raise DataError(f"{self.describe(position, entry)} cannot be read: {first_line(error)}") from error
         return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
 
-
-def _open(entry: dict) -> PIL.Image.Image:
-    return PIL.Image.open(io.BytesIO(entry["bytes"]) if entry["bytes"] is not None else entry["path"])
-
-
-def _to_uint8_array(image: PIL.Image.Image, channels: int, resolution: int, resize_mode: str) -> np.ndarray:
-    """(height, width, channels) uint8; 16-bit greyscale is scaled, because `.convert` would clip it to white."""
-    if image.mode == "F":
-        raise ValueError("floating point pixels, whose range is not known")
-    if image.mode.startswith("I"):
-        values = np.asarray(image, dtype=np.float64) / 257
-        image = PIL.Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
-    image = image.convert("L" if channels == 1 else "RGB")
-    if resize_mode == "resize":
-        image = transforms.resize(image, resolution)
-    elif max(image.size) > resolution:
-        raise ValueError(f"{image.size[0]}x{image.size[1]} is larger than resolution {resolution} (resize_mode: pad)")
-    return np.asarray(transforms.center_crop(image, resolution)).reshape(resolution, resolution, channels)
+    def describe(self, position: int, entry: dict | None) -> str:
+        """Returns row, split and file of an image, for messages."""
+        where = f" ({entry['path']!r})" if entry is not None and entry["path"] else ""
+        return f"the image in row {self.rows[position]} of split {self.name!r}{where}"
 
 
 def load_digits_dataset() -> datasets.DatasetDict:
@@ -124,7 +107,9 @@ def load_digits_dataset() -> datasets.DatasetDict:
     features = datasets.Features(
         {"image": datasets.Image(), "label": datasets.ClassLabel(names=[str(name) for name in digits.target_names])}
     )
-    columns = {"image": [PIL.Image.fromarray(image) for image in pixels], "label": digits.target.tolist()}
+    # PGM: the bytes of a PNG depend on the version of zlib, and with them the fingerprint of the data.
+    images = [{"bytes": b"P5 8 8 255\n" + image.tobytes(), "path": None} for image in pixels]
+    columns = {"image": images, "label": digits.target.tolist()}
     return datasets.DatasetDict({"train": datasets.Dataset.from_dict(columns, features=features)})
 
 
@@ -142,30 +127,6 @@ def _find_column(features: datasets.Features, asked: str | None, key: str, prefe
     raise DataError(f"{key}: cannot tell which of the columns {', '.join(features)} it is; name it")
 
 
-def _labels(dataset: datasets.Dataset, column: str, split: str, names: list[str]) -> tuple[np.ndarray, list[str]]:
-    """The label of every row and all class names in label order, which are `names` if those are known already."""
-    feature = dataset.features.get(column)
-    values = dataset.select_columns([column]).with_format("numpy")[:][column] if feature is not None else None
-    if isinstance(feature, datasets.ClassLabel):
-        names = names or list(feature.names)
-        bad = np.flatnonzero((values < 0) | (values >= len(names)))
-        if len(bad):
-            raise DataError(
-                f"row {bad[0]} of split {split!r} has the label {values[bad[0]]}; there are {len(names)} classes"
-            )
-        return values, names
-    if not str(getattr(feature, "dtype", "")).startswith(("int", "uint", "string", "large_string")):
-        raise DataError(
-            f"label_column {column!r} of split {split!r} holds {feature}; allowed: ClassLabel, integers, strings"
-        )
-    unique, positions = np.unique(values, return_inverse=True)
-    names = names or [str(value) for value in unique]
-    unknown = [str(value) for value in unique if str(value) not in names]
-    if unknown:
-        raise DataError(f"split {split!r} has the class {unknown[0]!r}, which the training split does not have")
-    return np.array([names.index(str(value)) for value in unique])[positions], names
-
-
 def _holdout(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Positions kept for training and held out: a fifth of every class, by a number drawn for every row."""
     draws = np.array([derive_seed(seed, "split", index) for index in range(len(labels))])
@@ -174,6 +135,38 @@ def _holdout(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
         rows = np.flatnonzero(labels == label)
         held[rows[np.argsort(draws[rows])[: round(HOLDOUT * len(rows))]]] = True
     return np.flatnonzero(~held), np.flatnonzero(held)
+
+
+def _load(config: TrainingConfig) -> tuple[datasets.DatasetDict, list[str], str]:
+    """The dataset, the files of it that lie in a folder of the user's, and the name of their kind."""
+    if config.dataset_name == "digits":
+        return load_digits_dataset(), [], "digits"
+    if config.dataset_name is None and not Path(config.train_data_dir).is_dir():
+        raise DataError(f"train_data_dir: there is no folder {config.train_data_dir}")
+    source = config.dataset_name or config.train_data_dir
+    folder = Path(source).resolve() if Path(source).is_dir() else None
+    try:
+        if config.dataset_name is not None:
+            builder = datasets.load_dataset_builder(source, config.dataset_config_name, cache_dir=config.cache_dir)
+        else:
+            builder = datasets.load_dataset_builder(
+                "imagefolder", data_dir=source, drop_labels=False, cache_dir=config.cache_dir
+            )
+        files = [file for files in (builder.config.data_files or {}).values() for file in files]
+        if folder is not None:
+            files = [os.path.abspath(file) for file in files]
+        # The README of a dataset may name any file of this machine.
+        inside = "hf://" if folder is None else f"{folder}{os.sep}"
+        outside = [file for file in files if not file.startswith(inside)]
+        if outside:
+            raise ValueError(f"it names the file {outside[0]}, which is not inside")
+        builder.download_and_prepare()
+        return builder.as_dataset(), [] if folder is None else files, builder.name
+    # Whatever else `datasets` and the libraries below it raise at files that they cannot read.
+    except Exception as error:
+        is_general = isinstance(error, datasets.exceptions.DatasetGenerationError)
+        reason = first_line(error.__cause__ if is_general and error.__cause__ else error)
+        raise DataError(f"cannot load the dataset {source!r}: {reason}") from error
 
 
 def load_splits(config: TrainingConfig, channels: int | None = None) -> tuple[ImageSplit, ImageSplit]:
@@ -185,23 +178,10 @@ def load_splits(config: TrainingConfig, channels: int | None = None) -> tuple[Im
         channels (`int`, *optional*): 1 or 3, of the images that the model sees; by default as the first one has it.
 
     Raises:
-        DataError: dataset, split or column missing, with what there is.
+        DataError: dataset, split or column missing, with what there is; rows without a valid label; images that would be
+            left out or get the label of another class.
     """
-    source = config.dataset_name or config.train_data_dir
-    try:
-        if config.dataset_name == "digits":
-            loaded = load_digits_dataset()
-        elif config.dataset_name is not None:
-            loaded = datasets.load_dataset(config.dataset_name, config.dataset_config_name, cache_dir=config.cache_dir)
-        else:
-            if not Path(config.train_data_dir).is_dir():
-                raise DataError(f"train_data_dir: there is no folder {config.train_data_dir}")
-            loaded = datasets.load_dataset(
-                "imagefolder", data_dir=config.train_data_dir, drop_labels=False, cache_dir=config.cache_dir
-            )
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(f"cannot load the dataset {source!r}: {first_line(error)}") from error
-
+    loaded, files, kind = _load(config)
     for key in ("train_split", "eval_split"):
         if getattr(config, key) is not None and getattr(config, key) not in loaded:
             raise DataError(f"{key}: the dataset has no split {getattr(config, key)!r}; it has {', '.join(loaded)}")
@@ -214,7 +194,10 @@ def load_splits(config: TrainingConfig, channels: int | None = None) -> tuple[Im
     label_column = _find_column(
         features, config.label_column, "label_column", ["label", "fine_label"], datasets.ClassLabel
     )
+    if kind == "imagefolder" and files and isinstance(features[label_column], datasets.ClassLabel):
+        check_folders(Path(config.train_data_dir or config.dataset_name).resolve(), loaded, image_column)
     train = _split(loaded[config.train_split], config.train_split, image_column, label_column, config)
+    check_class_lists(files, label_column, train.names)
     train.channels = channels or (1 if train.is_greyscale() else 3)
     if eval_split is not None:
         test = _split(loaded[eval_split], eval_split, image_column, label_column, config, train)
@@ -234,8 +217,9 @@ def _split(dataset, name: str, image_column: str, label_column: str, config: Tra
         raise DataError(f"image_column: {image_column!r} of split {name!r} holds no images")
     if len(dataset) == 0:
         raise DataError(f"split {name!r} is empty")
-    labels, names = _labels(dataset, label_column, name, train.names if train else [])
-    dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
+    labels, names = row_labels(dataset, label_column, name, train.names if train else [])
+    # Other columns would be decoded with every row.
+    dataset = dataset.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
     split = ImageSplit(
         dataset, image_column, name, labels, names, config.resolution, config.resize_mode, 3, np.arange(len(dataset))
     )

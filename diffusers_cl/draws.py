@@ -1,5 +1,6 @@
 """The draws that a task's Fisher is estimated from, each a function of the seed, the task and its index."""
 
+import copy
 from collections.abc import Iterator
 
 import torch
@@ -13,7 +14,10 @@ from .tasks import TaskImages
 class FisherBatches:
     """
     Re-iterable batches `(noisy_images, timesteps, class_labels, target)` over the images of a task, the same tensors
-    every time and whatever the batch size or the number of processes.
+    every time.
+
+    Batch `s` is the draws `[s * batch_size, (s + 1) * batch_size)`, however many processes there are: they share out whole
+    batches, so that the sums over batches agree to float64 (a curvature is 1e-3 off where batches are cut otherwise).
 
     Args:
         images ([`TaskImages`]): without flips.
@@ -22,7 +26,8 @@ class FisherBatches:
             random, more go round again with new noise.
         timesteps (`tuple[int, int]`): `[start, end)`.
         batch_size, seed, task (`int`), device.
-        process_index, num_processes (`int`): this process's part of the draws.
+        process_index, num_processes (`int`): this process takes the batches `process_index`, `process_index +
+            num_processes`, and so on; there may be none.
     """
 
     def __init__(
@@ -41,11 +46,19 @@ class FisherBatches:
         self.images, self.noise_scheduler, self.timesteps = images, noise_scheduler, timesteps
         self.batch_size, self.seed, self.task, self.device = batch_size, seed, task, device
         self.order = permutation(len(images), seed, "fisher", task).tolist()
-        self.indices = range(process_index, num_samples or len(images), num_processes)
+        self.num_samples = num_samples or len(images)
+        self.process_index, self.num_processes = process_index, num_processes
+
+    def first(self, num_samples: int) -> "FisherBatches":
+        """Returns this process's batches of the first draws over all processes; the last of them may be cut."""
+        part = copy.copy(self)
+        part.num_samples = min(num_samples, self.num_samples)
+        return part
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, ...]]:
-        for start in range(0, len(self.indices), self.batch_size):
-            indices = self.indices[start : start + self.batch_size]
+        start, step = (self.batch_size * number for number in (self.process_index, self.num_processes))
+        for begin in range(start, self.num_samples, step):
+            indices = range(begin, min(begin + self.batch_size, self.num_samples))
             images, class_labels = self.images.__getitems__([(0, self.order[i % len(self.order)]) for i in indices])
             clean_images = from_uint8(images)
             generators = [generator(self.seed, "fisher", self.task, index) for index in indices]

@@ -7,6 +7,10 @@ class RunError(Exception):
     exit_code = 1
 
 
+class ProcessLostError(RunError):
+    """Another process of the run has ended or does not answer."""
+
+
 def first_line(error: Exception) -> str:
     """Returns the part of an error's message that fits on one line, or the error's name if it has no message."""
     return str(error).partition("\n")[0] or type(error).__name__
@@ -31,7 +35,7 @@ class CheckpointError(RunError):
 
 
 class NonFiniteError(RunError):
-    """A loss, gradient or Fisher quantity is not finite."""
+    """A loss, gradient, weight, Fisher quantity or generated image is not finite."""
 
     exit_code = 5
 
@@ -40,6 +44,12 @@ class StorageError(RunError):
     """Files could not be written."""
 
     exit_code = 6
+
+
+class FolderInUseError(RunError):
+    """Another run is at work in the output folder."""
+
+    exit_code = 7
 
 
 class PushPendingError(RunError):

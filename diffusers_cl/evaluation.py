@@ -10,7 +10,7 @@ from .config import TrainingConfig
 from .data import ImageSplit, cap_per_class
 from .errors import DataError
 from .features import FeatureExtractor, load_classifier, load_extractor, resolve_feature_extractor
-from .folders import CONSOLIDATION
+from .folders import CONSOLIDATION, read_task_state, tasks_of_run
 from .references import References
 from .report import HIGHER_IS_BETTER
 from .start import Start
@@ -173,36 +173,68 @@ class Evaluation:
         }
 
 
-def create_evaluation(
+def create_extractors(
     config: TrainingConfig,
     start: Start | None,
     train: ImageSplit,
-    test: ImageSplit,
-    tasks: list[list[str]],
     class_ids: dict[str, int],
     device: torch.device,
     quiet: bool,
-) -> Evaluation:
+) -> tuple[FeatureExtractor, FeatureExtractor | None]:
     """
-    Returns the [`Evaluation`] of a run, with the extractor that its configuration names or, where it goes on from a task,
-    the one that this was measured with, and its references.
+    Returns the extractor of a run and its `eval_classifier`, `None` where it has none: fetched, or trained, by each process
+    for itself. A run that goes on, from its own tasks or from `start`, has the extractor that these were measured with.
 
     Raises:
-        DataError: when an extractor cannot be had, or there are too few test images.
-        CheckpointError: when the task's files do not fit.
+        DataError: when one cannot be had, or is not the one that was measured with.
+        CheckpointError: when a finished task's files are damaged.
     """
-    classifier = None
+    class_names, classifier = list(class_ids), None
     if config.eval_classifier is not None:
-        classifier = load_classifier("eval_classifier", config.eval_classifier, list(class_ids), device)
+        classifier = load_classifier("eval_classifier", config.eval_classifier, class_names, device)
         if classifier.class_names is None:
             raise DataError(f"eval_classifier: {config.eval_classifier} does not know all of {', '.join(class_ids)}")
-    if start is None:
-        extractor = resolve_feature_extractor(config, train, list(class_ids), device, quiet)
-        return Evaluation(test, tasks, class_ids, extractor, config, classifier=classifier)
-    kept = start.folder / CONSOLIDATION
-    extractor = load_extractor(kept, start.state["feature_extractor_info"], config, device)
-    references = References.load(kept).first(start.task + 1)
-    return Evaluation(test, tasks, class_ids, extractor, config, references, start.state["floor"], classifier)
+    own_tasks = [] if config.overwrite_output_dir else tasks_of_run(config.output_dir)
+    if start is None and not own_tasks:
+        return resolve_feature_extractor(config, train, class_names, device, quiet), classifier
+    folder, state = (own_tasks[-1], read_task_state(own_tasks[-1])) if own_tasks else (start.folder, start.state)
+    # Of a stream that goes on, it may know the first classes alone.
+    known = class_names if start is None else []
+    info = state["feature_extractor_info"]
+    return load_extractor(folder / CONSOLIDATION, info, config, device, known), classifier
+
+
+def create_evaluation(
+    config: TrainingConfig,
+    start: Start | None,
+    test: ImageSplit,
+    tasks: list[list[str]],
+    class_ids: dict[str, int],
+    extractor: FeatureExtractor,
+    classifier: FeatureExtractor | None,
+    process_index: int = 0,
+    num_processes: int = 1,
+    gather: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> Evaluation:
+    """
+    Returns the [`Evaluation`] of a run, with the references of the tasks before it. All processes call it together, and
+    take a part each of all that is measured.
+
+    Args:
+        extractor, classifier ([`FeatureExtractor`]): from [`create_extractors`].
+        process_index (`int`), num_processes (`int`), gather: of this process, as in [`FeatureExtractor.share_out`].
+
+    Raises:
+        DataError: when there are too few test images.
+        CheckpointError: when the files of `start` do not fit.
+    """
+    for shared in (extractor, classifier):
+        if shared is not None:
+            shared.share_out(process_index, num_processes, gather)
+    references, floor = None, None
+    if start is not None:
+        references, floor = References.load(start.folder / CONSOLIDATION).first(start.task + 1), start.state["floor"]
+    return Evaluation(test, tasks, class_ids, extractor, config, references, floor, classifier)
 
 
 def nearest_training_images(

@@ -18,7 +18,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from .fisher import Losses, Rank1Fisher, Reduce, _identity, diagonal_fisher, rank1_fisher, trainable_parameters
+from .fisher import Rank1Fisher, diagonal_fisher, rank1_fisher
+from .passes import Losses, Reduce, alone, finite, trainable_parameters
+from .quadratic import Rank1Quadratic
 from .strength import parse_ewc_lambda
 
 
@@ -115,22 +117,6 @@ class _Penalty:
         return penalty
 
 
-class _Rank1Quadratic(torch.autograd.Function):
-    """1/2 sum_k strength_k (v_k . theta - b_k)^2 with its gradient in closed form: no graph, no copy of theta."""
-
-    @staticmethod
-    def forward(ctx, strengths, offsets, directions, *parameters):
-        residuals = Rank1EWC._residuals(directions, parameters, offsets)
-        ctx.directions, ctx.coefficients = directions, strengths * residuals
-        return (0.5 * ctx.coefficients * residuals).sum().float()
-
-    @staticmethod
-    def backward(ctx, grad_output):
-        coefficients = (ctx.coefficients * grad_output).float()
-        with torch.autocast(coefficients.device.type, enabled=False):
-            return None, None, None, *[torch.tensordot(coefficients, v, dims=1) for v in ctx.directions]
-
-
 class Rank1EWC(_Penalty):
     """
     EWC with a rank-1 Fisher per task (arXiv 2509.23593, Eq. 6), in normalised form:
@@ -146,13 +132,6 @@ class Rank1EWC(_Penalty):
 
     kind = "rank1_ewc"
     quantities = ("direction",)
-
-    @staticmethod
-    def _residuals(directions, parameters, offsets) -> torch.Tensor:
-        """v_k . theta - b_k for all tasks: float32 products within a parameter, summed over parameters in float64."""
-        pairs = [(v.reshape(len(v), -1), p.detach().flatten()) for v, p in zip(directions, parameters, strict=True)]
-        with torch.autocast(offsets.device.type, enabled=False):
-            return torch.stack([v @ p.to(v.dtype) for v, p in pairs]).double().sum(dim=0) - offsets
 
     def _vector(self, name: str, device: torch.device) -> torch.Tensor:
         return torch.tensor(self.statistics[name], dtype=torch.float64, device=device)
@@ -174,7 +153,7 @@ class Rank1EWC(_Penalty):
             return torch.zeros((), device=device)
         directions = [self.tensors["direction"][name] for name in parameters]
         strengths = torch.tensor(self.strengths(), dtype=torch.float64, device=device)
-        return _Rank1Quadratic.apply(strengths, self._vector("offset", device), directions, *parameters.values())
+        return Rank1Quadratic.apply(strengths, self._vector("offset", device), directions, *parameters.values())
 
     @torch.no_grad()
     def step(self, model: torch.nn.Module, lr: float) -> None:
@@ -184,7 +163,8 @@ class Rank1EWC(_Penalty):
         `theta <- theta - V^T (I + lr L V V^T)^-1 lr L (V theta - b)`, L the diagonal of [`strengths`]. Not the paper's
         method: with Adam, a stiff penalty in the loss fills the second moments of every parameter and starves the new
         task. For a large lr this is the projection onto the weights that move no anchor (related: OGD, arXiv
-        1910.07104). `lr` is the schedule's current learning rate.
+        1910.07104). `lr` is the schedule's current learning rate. Before a step that is not finite changes a weight it is
+        a `FloatingPointError`.
         """
         parameters = self._parameters(model)
         if self.num_tasks == 0:
@@ -195,7 +175,9 @@ class Rank1EWC(_Penalty):
         gram = sum(v @ v.T for v in directions.values())
         scale = lr * torch.tensor(self.strengths(), dtype=torch.float64, device=offsets.device)
         identity = torch.eye(len(offsets), dtype=torch.float64, device=offsets.device)
-        solution = torch.linalg.solve(identity + scale[:, None] * gram, scale * residuals)
+        # Before it is solved: a solver may call what is not finite singular.
+        pull = finite(scale * residuals, "the penalty's step")
+        solution = torch.linalg.solve(identity + scale[:, None] * gram, pull)
         for name, parameter in parameters.items():
             parameter.copy_(parameter.double() - (solution @ directions[name]).view_as(parameter))
 
@@ -203,8 +185,14 @@ class Rank1EWC(_Penalty):
         """What the penalty holds; a control replaces it."""
         return fisher.direction
 
+    def _add_directions(self, directions: dict[str, torch.Tensor]) -> None:
+        """Appends rows, `(rows, *parameter.shape)` by parameter name."""
+        known = self.tensors.setdefault("direction", {})
+        for name, rows in directions.items():
+            known[name] = torch.cat([known[name], rows]) if name in known else rows
+
     def consolidate(
-        self, model: torch.nn.Module, losses: Losses, batches, reduce: Reduce = _identity, diagnostics: bool = True
+        self, model: torch.nn.Module, losses: Losses, batches, reduce: Reduce = alone, diagnostics=True, progress=None
     ) -> Rank1Fisher:
         """
         Adds the finished task's term at the model's current weights.
@@ -215,26 +203,31 @@ class Rank1EWC(_Penalty):
             batches: re-iterable, the same tensors every time.
             reduce: sums a tensor over processes.
             diagnostics (`bool`): also measure trace and curvature (the curvature always under `auto`).
+            progress (*optional*): keeps what was summed, so that an interrupted call made again goes on, to the same
+                bits: a [`Shards`] or its like, see [`batches_to_do`].
 
         Returns:
             [`Rank1Fisher`], the estimate that was added.
+
+        Raises:
+            FloatingPointError: when a part of it is not finite; the penalty is left as it was.
         """
         parameters = self._parameters(model)
         curvature = diagnostics or self.automatic
-        fisher = rank1_fisher(model, losses, batches, diagnostics, curvature, reduce=reduce)
+        fisher = rank1_fisher(model, losses, batches, diagnostics, curvature, reduce=reduce, progress=progress)
         direction = self._direction(model, fisher, batches, reduce)
-        known = self.tensors.setdefault("direction", {})
-        offset = 0.0
-        for name, parameter in parameters.items():
-            v = direction[name]
-            offset += torch.dot(v.flatten().double(), parameter.detach().flatten().double()).item()
-            known[name] = torch.cat([known[name], v[None]]) if name in known else v[None]
+        products = [direction[n].flatten().double().dot(p.detach().flatten().double()) for n, p in parameters.items()]
+        offset = finite(sum(products), "the penalty's offset").item()
         measured = {name: value for name, value in vars(fisher).items() if name != "direction"}
-        signal = fisher.num_samples * fisher.mean_gradient_norm**2 / fisher.trace if diagnostics else None
-        share = fisher.second_moment / fisher.trace if diagnostics else None
+        signal = share = None
+        if diagnostics:
+            moments = [fisher.num_samples * fisher.mean_gradient_norm**2, fisher.second_moment]
+            ratios = torch.tensor(moments, dtype=torch.float64) / fisher.trace
+            signal, share = finite(ratios, "a ratio to the Fisher's trace").tolist()
         if signal is not None and signal < MIN_SIGNAL_RATIO:
             text = f"signal ratio {signal:.2g} after {fisher.num_samples} draws, noise alone has 1"
             warnings.warn(f"the direction is largely sampling noise: {text}; raise fisher_samples", stacklevel=2)
+        self._add_directions({name: v[None] for name, v in direction.items()})
         self._record(offset=offset, **measured, signal_ratio=signal, direction_share=share)
         return fisher
 
@@ -274,47 +267,53 @@ class DiagonalEWC(_Penalty):
     def step(self, model: torch.nn.Module, lr: float) -> None:
         """
         Takes the decoupled step, element by element: `theta <- M + (theta - M) / (1 + lr ewc_lambda A)`, the minimiser
-        of `|theta' - theta|^2 / 2 + lr * penalty(theta')`. Not the paper's method; see [`Rank1EWC.step`].
+        of `|theta' - theta|^2 / 2 + lr * penalty(theta')`. Not the paper's method; see [`Rank1EWC.step`], also for errors.
         """
         parameters = self._parameters(model)
         if self.num_tasks == 0:
             return
+        new = {}
         for name, parameter in parameters.items():
             weighted, anchor = self.tensors["fisher"][name].double(), self.tensors["anchor"][name].double()
-            parameter.copy_(torch.lerp(anchor, parameter.double(), 1 / (1 + lr * self._weight() * weighted)))
+            new[name] = torch.lerp(anchor, parameter.double(), 1 / (1 + lr * self._weight() * weighted)).to(parameter)
+        finite(sum(tensor.sum(dtype=torch.float64) for tensor in new.values()), "the penalty's step")
+        for name, parameter in parameters.items():
+            parameter.copy_(new[name])
 
-    def _estimate(self, model: torch.nn.Module, losses: Losses, batches, reduce: Reduce = _identity):
+    def _estimate(self, model: torch.nn.Module, losses: Losses, batches, reduce: Reduce = alone, progress=None):
         """The task's diagonal (scaled, under `auto`), the number of draws and the curvature, where it was measured."""
-        fisher, num_samples = diagonal_fisher(model, losses, batches, reduce=reduce)
+        fisher, num_samples = diagonal_fisher(model, losses, batches, reduce=reduce, progress=progress)
         if not self.automatic:
             return fisher, num_samples, None
-        rank1 = rank1_fisher(model, losses, batches, diagnostics=False, reduce=reduce)
-        along = sum((fisher[name] * v.square()).sum(dtype=torch.float64) for name, v in rank1.direction.items()).item()
-        scale = max(0.0, rank1.curvature) / along
+        rank1 = rank1_fisher(model, losses, batches, diagnostics=False, reduce=reduce, progress=progress)
+        along = sum((fisher[name] * v.square()).sum(dtype=torch.float64) for name, v in rank1.direction.items())
+        scale = finite(along.new_tensor(max(0.0, rank1.curvature)) / along, "the Fisher's scale").item()
         return {name: tensor * scale for name, tensor in fisher.items()}, num_samples, rank1.curvature
 
     def consolidate(
-        self, model: torch.nn.Module, losses: Losses, batches, reduce: Reduce = _identity, diagnostics: bool = True
+        self, model: torch.nn.Module, losses: Losses, batches, reduce: Reduce = alone, diagnostics=True, progress=None
     ) -> dict[str, torch.Tensor]:
         """
-        Adds the finished task's term at the model's current weights; arguments as [`Rank1EWC.consolidate`].
+        Adds the finished task's term at the model's current weights; arguments and errors as [`Rank1EWC.consolidate`].
 
         Returns:
             `dict[str, torch.Tensor]`: the task's diagonal Fisher by parameter name (scaled, under `auto`).
         """
         parameters = self._parameters(model)
-        fisher, num_samples, curvature = self._estimate(model, losses, batches, reduce)
+        fisher, num_samples, curvature = self._estimate(model, losses, batches, reduce, progress)
         constant = self.statistics["constant"][-1] if self.num_tasks else 0.0
-        weighted, anchor = self.tensors.setdefault("fisher", {}), self.tensors.setdefault("anchor", {})
+        weighted, anchor = {}, {}
         for name, parameter in parameters.items():
             theta, new = parameter.detach().double(), fisher[name].double()
-            old = weighted[name].double() if name in weighted else torch.zeros_like(new)
-            mean = anchor[name].double() if name in anchor else theta
+            old = self.tensors["fisher"][name].double() if self.num_tasks else torch.zeros_like(new)
+            mean = self.tensors["anchor"][name].double() if self.num_tasks else theta
             summed = old + new
             share = torch.where(summed > 0, new / summed, torch.ones_like(summed))
             constant += (old * share * (theta - mean).square()).sum().item()
             # lerp returns its end point exactly, so that the first anchor is theta* to the bit.
-            weighted[name], anchor[name] = summed.float(), torch.lerp(mean, theta, share).float()
+            weighted[name] = finite(summed.float(), "the sum of the Fishers")
+            anchor[name] = finite(torch.lerp(mean, theta, share).float(), "the penalty's anchor")
         trace = sum(tensor.sum(dtype=torch.float64) for tensor in fisher.values()).item() if diagnostics else None
+        self.tensors = {"fisher": weighted, "anchor": anchor}
         self._record(num_samples=num_samples, constant=constant, curvature=curvature, trace=trace)
         return fisher

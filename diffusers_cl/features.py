@@ -5,7 +5,9 @@ import hashlib
 import json
 import os
 import pickle
+import tempfile
 import urllib.error
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -26,7 +28,10 @@ from .classifier import (
 )
 from .config import TrainingConfig
 from .data import ImageSplit
-from .errors import CheckpointError, DataError, first_line
+from .errors import CheckpointError, DataError, RunError, StorageError, first_line
+from .fetch import CLASSIFIER_FILES, model_folder
+from .inception import published_weights, tensors_alone
+from .shards import load_tensors, save_tensors
 
 
 # Of the digits, so that their distances are measured with one and the same network on every machine.
@@ -38,7 +43,8 @@ EXTRACTOR_NAME = "extractor.safetensors"
 
 class FeatureExtractor:
     """
-    Turns uint8 images into features and, where the network is a classifier of the stream's classes, predictions.
+    Turns uint8 images into features and, where the network is a classifier of the stream's classes, predictions. It works in
+    fixed batches, which processes can share out ([`share_out`]): what it returns is bit-equal for any number of them.
 
     Args:
         name (`str`): names the features: distances on `inception` are FID and KID, on anything else fd and kd.
@@ -54,22 +60,61 @@ class FeatureExtractor:
         self.info = {"name": name, "sha256": weights_digest(network)}
         self.name, self.network, self.device = name, network.to(device).eval().requires_grad_(False), device
         self.class_names, self.known_classes = class_names, known_classes or class_names or []
+        self.share_out()
+
+    def share_out(
+        self,
+        process_index: int = 0,
+        num_processes: int = 1,
+        gather: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> None:
+        """
+        From now on batch `b` is taken by process `b mod num_processes`, and all processes have to call the extractor, with
+        the same images. All of them call this too.
+
+        Args:
+            process_index (`int`), num_processes (`int`), gather: of this process; `gather` concatenates a tensor of every
+                process along the first dimension.
+        """
+        self.process_index, self.num_processes, self.gather = process_index, num_processes, gather
+        if gather is not None and isinstance(self.network, SmallClassifier):
+            # Trained on another machine its last digits are others.
+            for tensor in self.network.state_dict().values():
+                tensor.copy_(gather(tensor.reshape(-1))[: tensor.numel()].reshape(tensor.shape))
+            self.info["sha256"] = weights_digest(self.network)
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> tuple[torch.Tensor, list[str] | None]:
         """
-        Returns features of shape `(num_images, dimension)` (float64, CPU) and the predicted class names or `None`.
+        Returns features of shape `(num_images, dimension)` (float64, CPU) and the predicted class names or `None`, the same
+        on every process.
 
         Args:
             images (`torch.Tensor` of shape `(num_images, channels, height, width)`): uint8.
+
+        Raises:
+            DataError: when the network gives numbers that are not finite.
         """
-        features, predictions = [], []
-        for batch in images.split(BATCH_SIZE):
-            feature, logits = self.network(batch.to(self.device))
-            features.append(feature.double().cpu())
-            if self.class_names is not None:
-                predictions += [self.class_names[i] for i in logits.argmax(dim=1).tolist()]
-        return torch.cat(features), predictions if self.class_names is not None else None
+        outputs: tuple[list, list] = [], []
+        batches = images.split(BATCH_SIZE)
+        for first in range(0, len(batches), self.num_processes):
+            # Without a batch in the last round, a process repeats the last one for the gather, which nobody reads.
+            batch = batches[min(first + self.process_index, len(batches) - 1)]
+            found = self.network(batch.to(self.device))[: 1 if self.class_names is None else 2]
+            for rows, output in zip(outputs, found, strict=False):
+                if self.gather is not None:
+                    padding = output.new_zeros(BATCH_SIZE - len(output), *output.shape[1:])
+                    output = self.gather(torch.cat([output, padding]))
+                rows.append(output.cpu())
+        # All batches but the last are full, so the padding comes last.
+        features, *logits = (torch.cat(rows)[: len(images)] for rows in outputs if rows)
+        if not all(output.isfinite().all() for output in (features, *logits)):
+            raise DataError(
+                f"the feature extractor {self.name!r} gives numbers that are not finite of images that are: its weights"
+                " cannot be used"
+            )
+        predictions = [self.class_names[i] for i in logits[0].argmax(dim=1).tolist()] if logits else None
+        return features.double(), predictions
 
 
 class _Inception(nn.Module):
@@ -90,8 +135,11 @@ class _Transformers(nn.Module):
         super().__init__()
         from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-        self.model = AutoModelForImageClassification.from_pretrained(name, use_safetensors=True)
-        self.processor = AutoImageProcessor.from_pretrained(name)
+        # Said outright: else somebody at a terminal is asked.
+        self.model = AutoModelForImageClassification.from_pretrained(
+            name, use_safetensors=True, trust_remote_code=False
+        )
+        self.processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
         self.class_names = [self.model.config.id2label[i] for i in range(self.model.config.num_labels)]
 
     def forward(self, images):
@@ -124,17 +172,21 @@ def _classifier(config: TrainingConfig, train: ImageSplit, class_names: list[str
         classifier.load_state_dict(load_file(shipped))
         return classifier
     # Trained elsewhere the same recipe gives other last digits, and distances that differ by 1 % or so.
-    recipe["torch"] = [torch.__version__, str(device), torch.get_num_threads()]
+    recipe["torch"] = [torch.__version__, torch.device(device).type, torch.get_num_threads()]
     folder = Path(config.cache_dir or constants.HF_HOME) / "diffusers_cl"
     file = folder / f"classifier-{_key(recipe)}.safetensors"
-    if file.exists():
-        classifier.load_state_dict(load_file(file))
+    if (saved := load_tensors(file, recipe)) is not None:
+        classifier.load_state_dict(saved)
         return classifier
     classifier = train_classifier(train, rows, device, quiet).cpu()
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".{file.name}.{os.getpid()}"
-    save_file(classifier.state_dict(), partial)
-    partial.rename(file)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Other runs may save theirs at this moment.
+        with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as own:
+            save_tensors(Path(own) / file.name, classifier.state_dict(), recipe)
+            os.replace(Path(own) / file.name, file)
+    except OSError as error:
+        raise StorageError(f"cache_dir: cannot write {file}: {error.strerror or error}") from error
     return classifier
 
 
@@ -157,10 +209,8 @@ def resolve_feature_extractor(
 
 def _inception(weights_path: str | None, device) -> FeatureExtractor:
     try:
-        if weights_path is not None:
-            # torch-fidelity unpickles the file; this refuses anything in it but tensors.
-            torch.load(weights_path, map_location="cpu", weights_only=True)
-        with contextlib.redirect_stdout(None):
+        weights_path = weights_path or str(published_weights())
+        with contextlib.redirect_stdout(None), tensors_alone():
             return FeatureExtractor("inception", _Inception(weights_path), device)
     except (OSError, urllib.error.URLError, pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
         raise DataError(
@@ -169,7 +219,7 @@ def _inception(weights_path: str | None, device) -> FeatureExtractor:
         ) from error
 
 
-def load_classifier(key: str, name: str, class_names: list[str], device) -> FeatureExtractor:
+def load_classifier(key: str, name: str, class_names: Sequence[str], device) -> FeatureExtractor:
     """
     Returns a transformers image classifier; its predictions count where it knows all of the classes.
 
@@ -179,8 +229,9 @@ def load_classifier(key: str, name: str, class_names: list[str], device) -> Feat
         class_names (`list[str]`): of the stream.
     """
     try:
-        network = _Transformers(name)
-    except (OSError, ValueError, KeyError) as error:
+        folder, _ = model_folder(name, None, CLASSIFIER_FILES)
+        network = _Transformers(str(folder))
+    except (RunError, OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise DataError(
             f"{key}: cannot load {name!r}: {first_line(error)}; allowed:"
             f" {'inception, classifier, ' * (key == 'feature_extractor')}a transformers image classifier (Hub id or folder)"
@@ -202,7 +253,9 @@ def save_extractor(extractor: FeatureExtractor, folder: str | Path) -> None:
         save_file(tensors, Path(folder) / EXTRACTOR_NAME, {"classifier": json.dumps(description)})
 
 
-def load_extractor(folder: str | Path, info: dict, config: TrainingConfig, device) -> FeatureExtractor:
+def load_extractor(
+    folder: str | Path, info: dict, config: TrainingConfig, device, class_names: Sequence[str] = ()
+) -> FeatureExtractor:
     """
     Returns the extractor that a task folder was measured with.
 
@@ -211,6 +264,7 @@ def load_extractor(folder: str | Path, info: dict, config: TrainingConfig, devic
         info (`dict`): the extractor's name and sha256 in the task's state.
         config ([`TrainingConfig`]): where another is found.
         device (`torch.device`).
+        class_names (list of `str`, *optional*): another's predictions count where it knows all of these.
 
     Raises:
         CheckpointError: when the classifier's file is missing or damaged.
@@ -221,17 +275,18 @@ def load_extractor(folder: str | Path, info: dict, config: TrainingConfig, devic
         try:
             with safe_open(path, framework="pt") as file:
                 description = json.loads((file.metadata() or {})["classifier"])
-            names = description["class_names"]
-            with torch.random.fork_rng(devices=[]):
+            names, known = list(map(str, description["class_names"])), list(map(str, description["known_classes"]))
+            # Without memory, until the file's weights are known to fit.
+            with torch.device("meta"):
                 network = SmallClassifier(description["channels"], len(names), description["resolution"])
-            network.load_state_dict(load_file(path))
+            network.load_state_dict(load_file(path), assign=True)
         except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
             raise CheckpointError(f"{path} cannot be read as a classifier: {first_line(error)}") from error
-        extractor = FeatureExtractor("classifier", network, device, names, description["known_classes"])
+        extractor = FeatureExtractor("classifier", network.float(), device, names, known)
     elif info["name"] == "inception":
         extractor = _inception(config.feature_extractor_weights_path, device)
     else:
-        extractor = load_classifier("feature_extractor", config.feature_extractor, [], device)
+        extractor = load_classifier("feature_extractor", config.feature_extractor, class_names, device)
     if extractor.info["sha256"] != info["sha256"]:
         raise DataError(
             f"feature_extractor: {extractor.name!r} has weights of sha256 {extractor.info['sha256'][:12]}, the old classes"

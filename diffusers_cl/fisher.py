@@ -4,22 +4,32 @@ Empirical Fisher of the denoising loss: the uncentred second moment of per-sampl
 Every function takes `losses(model, batch) -> (batch,)`, which calls nothing but `model(...)` (it is handed a functional
 stand-in), and re-iterable `batches` of tuples of tensors that gives the same draws every time. Estimates are taken in
 eval mode and in float32 with TF32 off; whatever was set before is put back. `reduce` sums a tensor over processes that
-each hold a part of the draws. It is not the true Fisher (no label is drawn from the model): see README, "What is computed".
+each hold a part of the draws. `progress`, where it is given, keeps the sums of every pass ([`batches_to_do`]): an estimate
+that was interrupted and is asked for again takes what batches are left, and is equal to the bit. It is not the true
+Fisher (no label is drawn from the model): see README, "What is computed".
 """
 
-import contextlib
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
-from torch.func import functional_call, grad, jvp, vmap
+from torch.func import grad, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .passes import (
+    Losses,
+    Reduce,
+    alone,
+    batches_to_do,
+    estimating,
+    finite,
+    first_draws,
+    trainable_parameters,
+    with_parameters,
+)
 
-Losses = Callable[..., torch.Tensor]
-Reduce = Callable[[torch.Tensor], torch.Tensor]
 
 # Lengths of the central differences along a unit direction: on digits the result is flat from 0.003 to 0.1.
 CURVATURE_STEPS = (0.01, 0.03)
@@ -51,50 +61,25 @@ class Rank1Fisher:
     trace_num_samples: int = 0
 
 
-def _with_parameters(model: torch.nn.Module, parameters: dict[str, torch.Tensor]) -> Callable:
-    """The model with other values for its parameters."""
-    return lambda *args, **kwargs: functional_call(model, parameters, args, kwargs)
-
-
-def trainable_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """Returns the parameters that require a gradient, by name; a model without any is a `ValueError`."""
-    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if not parameters:
-        raise ValueError("the model has no parameter that requires a gradient")
-    return parameters
-
-
-@contextlib.contextmanager
-def _estimating(model: torch.nn.Module):
-    """Eval mode, float32 without TF32 or autocast, and attention that forward-mode derivatives can pass."""
-    training = [module for module in model.modules() if module.training]
-    matmul, conv = torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = "ieee"
-    device_type = next(model.parameters()).device.type
-    model.eval()
-    try:
-        with torch.autocast(device_type, enabled=False), sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        for module in training:
-            module.training = True
-        torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision = matmul, conv
-
-
-def _identity(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
-
-
 def _checksum(batch: tuple[torch.Tensor, ...], start: int) -> torch.Tensor:
     """Of rows by their position, so that the same labels on other images are other draws."""
     positions = torch.arange(start + 1, start + 1 + len(batch[0]), dtype=torch.float64, device=batch[0].device)
     return sum((tensor.double().reshape(len(tensor), -1).sum(dim=1) * positions).sum() for tensor in batch)
 
 
-def _finite(value: torch.Tensor, name: str) -> torch.Tensor:
-    if not torch.isfinite(value).all():
-        raise FloatingPointError(f"Fisher estimate: {name} is not finite")
-    return value
+def _zeros(parameters: dict[str, torch.nn.Parameter]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Float64 sums for every parameter, under names that are no others', and a count of draws."""
+    total = {f"sum.{name}": torch.zeros_like(p, dtype=torch.float64) for name, p in parameters.items()}
+    return total, torch.zeros((), dtype=torch.float64, device=next(iter(parameters.values())).device)
+
+
+def _means(parameters, total, count: torch.Tensor, reduce: Reduce, name: str) -> tuple[dict[str, torch.Tensor], int]:
+    """The means over the draws of all processes, and how many draws these are."""
+    num_samples = int(reduce(count))
+    if num_samples == 0:
+        raise ValueError("Fisher estimate: the batches are empty")
+    means = [finite(reduce(tensor) / num_samples, name) for tensor in total.values()]
+    return dict(zip(parameters, means, strict=True)), num_samples
 
 
 def per_sample_gradients(
@@ -108,7 +93,7 @@ def per_sample_gradients(
     parameters = {name: parameter.detach() for name, parameter in trainable_parameters(model).items()}
 
     def loss_of_row(parameters, row):
-        return losses(_with_parameters(model, parameters), tuple(tensor.unsqueeze(0) for tensor in row)).squeeze(0)
+        return losses(with_parameters(model, parameters), tuple(tensor.unsqueeze(0) for tensor in row)).squeeze(0)
 
     with sdpa_kernel(SDPBackend.MATH):
         return vmap(grad(loss_of_row), in_dims=(None, 0))(parameters, tuple(batch))
@@ -123,7 +108,7 @@ def _gradient_chunks(model, losses, batch, chunk_size: int | None):
 
 
 def mean_gradient(
-    model: torch.nn.Module, losses: Losses, batches: Iterable, reduce: Reduce = _identity
+    model: torch.nn.Module, losses: Losses, batches: Iterable, reduce: Reduce = alone, progress=None
 ) -> tuple[dict[str, torch.Tensor], int, torch.Tensor]:
     """
     Returns mu = E[g] by one ordinary backward pass a batch, in float64, and the number and a checksum of this process's
@@ -133,23 +118,22 @@ def mean_gradient(
         ValueError: no draws, or not one loss a row. FloatingPointError: mu is not finite.
     """
     parameters = trainable_parameters(model)
-    device = next(iter(parameters.values())).device
-    total = {name: torch.zeros_like(parameter, dtype=torch.float64) for name, parameter in parameters.items()}
-    count, checksum = 0, torch.zeros((), dtype=torch.float64, device=device)
-    with _estimating(model):
-        for batch in batches:
+    total, count = _zeros(parameters)
+    checksum = torch.zeros_like(count)
+    sums = {**total, "count": count, "checksum": checksum}
+    with estimating(model):
+        for batch in batches_to_do(progress, batches, "mean_gradient", sums):
             values = losses(model, batch)
             if values.shape != (len(batch[0]),):
                 raise ValueError(f"losses has to return one loss a row, {len(batch[0])}, not {tuple(values.shape)}")
             gradients = torch.autograd.grad(values.sum(), list(parameters.values()))
             for accumulated, gradient in zip(total.values(), gradients, strict=True):
                 accumulated += gradient
-            checksum += _checksum(batch, count)
+            checksum += _checksum(batch, int(count))
             count += len(batch[0])
-    num_samples = int(reduce(torch.tensor(float(count), dtype=torch.float64, device=device)).item())
-    if num_samples == 0:
-        raise ValueError("Fisher estimate: the batches are empty")
-    return {name: _finite(reduce(t) / num_samples, "the mean gradient") for name, t in total.items()}, count, checksum
+    num_samples = int(count)
+    mu, _ = _means(parameters, total, count, reduce, "the Fisher's mean gradient")
+    return mu, num_samples, checksum
 
 
 def projections(
@@ -162,7 +146,7 @@ def projections(
     parameters = {name: parameter.detach() for name, parameter in trainable_parameters(model).items()}
     with sdpa_kernel(SDPBackend.MATH):
         _, projected = jvp(
-            lambda values: losses(_with_parameters(model, values), batch),
+            lambda values: losses(with_parameters(model, values), batch),
             (parameters,),
             ({name: direction[name] for name in parameters},),
         )
@@ -176,26 +160,28 @@ def curvature_along(
     batches: Iterable,
     direction: dict[str, torch.Tensor],
     steps: tuple[float, ...] = CURVATURE_STEPS,
-    reduce: Reduce = _identity,
+    reduce: Reduce = alone,
+    progress=None,
+    label: str = "loss",
 ) -> list[float]:
     """
     Returns the second derivative of the mean loss along a unit direction, by central differences at each step length.
 
     `kappa = (L(theta + e v) - 2 L(theta) + L(theta - e v)) / e^2`, on the same draws for every evaluation. Not clamped:
-    a negative value means that theta is no minimum along v.
+    a negative value means that theta is no minimum along v. `label` names its passes, for `progress`.
     """
     parameters = {name: parameter.detach() for name, parameter in trainable_parameters(model).items()}
 
     def mean_loss(step: float) -> float:
         shifted = {name: parameter + step * direction[name] for name, parameter in parameters.items()}
         sums = torch.zeros(2, dtype=torch.float64, device=next(iter(parameters.values())).device)
-        for batch in batches:
-            values = losses(_with_parameters(model, shifted), batch)
+        for batch in batches_to_do(progress, batches, f"{label} {step:+}", {"sums": sums}):
+            values = losses(with_parameters(model, shifted), batch)
             sums += torch.stack([values.double().sum(), values.new_tensor(len(values), dtype=torch.float64)])
-        sums = reduce(sums)
-        return _finite(sums[0] / sums[1], "the loss along the direction").item()
+        total, num_samples = reduce(sums)
+        return finite(total / num_samples, "the loss along the Fisher's direction").item()
 
-    with _estimating(model):
+    with estimating(model):
         here = mean_loss(0.0)
         return [(mean_loss(step) - 2 * here + mean_loss(-step)) / step**2 for step in steps]
 
@@ -206,20 +192,18 @@ def gradient_trace(
     batches: Iterable,
     num_samples: int = TRACE_SAMPLES,
     chunk_size: int | None = None,
-    reduce: Reduce = _identity,
+    reduce: Reduce = alone,
+    progress=None,
 ) -> tuple[float, int]:
-    """Returns E|g|^2 over the first `num_samples` draws of this process, and the number of draws over all of them."""
+    """Returns E|g|^2 over the first `num_samples` draws ([`first_draws`]), and the number of draws over all processes."""
     sums = torch.zeros(2, dtype=torch.float64, device=next(model.parameters()).device)
-    with _estimating(model):
-        for batch in batches:
-            batch = tuple(tensor[: num_samples - int(sums[1])] for tensor in batch)
+    with estimating(model):
+        for batch in batches_to_do(progress, first_draws(batches, num_samples), "trace", {"sums": sums}):
             for gradients in _gradient_chunks(model, losses, batch, chunk_size):
                 sums[0] += sum(gradient.double().square().sum() for gradient in gradients.values())
             sums[1] += len(batch[0])
-            if sums[1] >= num_samples:
-                break
-    total, count = reduce(sums).tolist()
-    return total / count, int(count)
+    total, count = reduce(sums)
+    return finite(total / count, "the Fisher's trace").item(), int(count)
 
 
 def rank1_fisher(
@@ -229,7 +213,8 @@ def rank1_fisher(
     diagnostics: bool = True,
     curvature: bool = True,
     chunk_size: int | None = None,
-    reduce: Reduce = _identity,
+    reduce: Reduce = alone,
+    progress=None,
 ) -> Rank1Fisher:
     """
     Returns the rank-1 Fisher of arXiv 2509.23593, Sec. 3.3, in normalised form.
@@ -249,30 +234,34 @@ def rank1_fisher(
         ValueError: when there are no draws, the mean gradient is zero, or the second pass saw other draws.
         FloatingPointError: when an estimate is not finite.
     """
-    mu, count, checksum = mean_gradient(model, losses, batches, reduce)
+    mu, count, checksum = mean_gradient(model, losses, batches, reduce, progress)
     norm = math.sqrt(sum(tensor.square().sum().item() for tensor in mu.values()))
     if norm == 0.0:
         raise ValueError("Fisher estimate: the mean gradient is zero, there is no direction")
     direction = {name: (tensor / norm).float() for name, tensor in mu.items()}
 
-    sums = torch.zeros(2, dtype=torch.float64, device=checksum.device)
-    again = torch.zeros_like(checksum)
-    with _estimating(model):
-        for batch in batches:
+    # Second moment, draws, and their checksum.
+    sums = torch.zeros(3, dtype=torch.float64, device=checksum.device)
+    with estimating(model):
+        for batch in batches_to_do(progress, batches, "projections", {"sums": sums}):
             sums[0] += projections(model, losses, batch, direction).double().square().sum()
-            again += _checksum(batch, int(sums[1]))
+            sums[2] += _checksum(batch, int(sums[1]))
             sums[1] += len(batch[0])
-    if int(sums[1]) != count or not torch.equal(again, checksum):
-        raise ValueError(f"Fisher estimate: the batches gave other draws the second time ({int(sums[1])} of {count})")
-    total, num_samples = reduce(sums)
+    again = int(sums[1])
+    sums[2] = again != count or not torch.equal(sums[2], checksum)
+    total, num_samples, others = reduce(sums)
+    if others:
+        raise ValueError(f"Fisher estimate: the batches gave other draws the second time ({again} of {count})")
     fisher = Rank1Fisher(
         direction=direction,
-        second_moment=_finite(total / num_samples, "the second moment").item(),
+        second_moment=finite(total / num_samples, "the Fisher's second moment").item(),
         mean_gradient_norm=norm,
         num_samples=int(num_samples),
     )
     if curvature:
-        fisher.curvature, fisher.curvature_check = curvature_along(model, losses, batches, direction, reduce=reduce)
+        fisher.curvature, fisher.curvature_check = curvature_along(
+            model, losses, batches, direction, reduce=reduce, progress=progress
+        )
         measured = fisher.curvature, fisher.curvature_check
         if abs(measured[0] - measured[1]) > 0.2 * max(map(abs, measured)):
             warnings.warn(
@@ -281,8 +270,9 @@ def rank1_fisher(
                 stacklevel=2,
             )
     if diagnostics:
-        traced = gradient_trace(model, losses, batches, chunk_size=chunk_size, reduce=reduce)
-        fisher.trace, fisher.trace_num_samples = traced
+        fisher.trace, fisher.trace_num_samples = gradient_trace(
+            model, losses, batches, chunk_size=chunk_size, reduce=reduce, progress=progress
+        )
     return fisher
 
 
@@ -291,7 +281,8 @@ def diagonal_fisher(
     losses: Losses,
     batches: Iterable,
     chunk_size: int | None = None,
-    reduce: Reduce = _identity,
+    reduce: Reduce = alone,
+    progress=None,
 ) -> tuple[dict[str, torch.Tensor], int]:
     """
     Returns the diagonal of the empirical Fisher, `E[g * g]`, from per-sample gradients in chunks.
@@ -306,15 +297,12 @@ def diagonal_fisher(
         FloatingPointError: when an estimate is not finite.
     """
     parameters = trainable_parameters(model)
-    total = {name: torch.zeros_like(parameter, dtype=torch.float64) for name, parameter in parameters.items()}
-    count = torch.zeros((), dtype=torch.float64, device=next(iter(parameters.values())).device)
-    with _estimating(model):
-        for batch in batches:
+    total, count = _zeros(parameters)
+    with estimating(model):
+        for batch in batches_to_do(progress, batches, "diagonal", {**total, "count": count}):
             for gradients in _gradient_chunks(model, losses, batch, chunk_size):
                 for name, gradient in gradients.items():
-                    total[name] += gradient.square().sum(dim=0, dtype=torch.float64)
+                    total[f"sum.{name}"] += gradient.square().sum(dim=0, dtype=torch.float64)
             count += len(batch[0])
-    num_samples = int(reduce(count))
-    if num_samples == 0:
-        raise ValueError("Fisher estimate: the batches are empty")
-    return {name: _finite(reduce(t) / num_samples, "the diagonal").float() for name, t in total.items()}, num_samples
+    diagonal, num_samples = _means(parameters, total, count, reduce, "the Fisher's diagonal")
+    return {name: finite(tensor.float(), "the Fisher's diagonal") for name, tensor in diagonal.items()}, num_samples

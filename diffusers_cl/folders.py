@@ -1,11 +1,11 @@
 """Task folders as they are found: their names, and their states."""
 
-import json
+import re
 from pathlib import Path
 
 from . import __version__
 from .errors import CheckpointError
-from .files import verify_folder
+from .files import check_fields, read_json, verify_folder
 
 
 CONSOLIDATION = "consolidation"
@@ -14,6 +14,14 @@ MEMORY_NAME = "memory.safetensors"
 # In a run's folder: the task that it went on from, which is not its own.
 START_NAME = "start.json"
 SCHEMA = 1
+# Of a state, what every one has, and what may be in it.
+STATE_TYPES = {"schema": int, "task": int}
+OTHER_STATE_TYPES = {
+    **{"tasks": list, "class_ids": dict, "seen_classes": list, "global_step": int, "rows": list, "fisher": list},
+    **{"floor": dict, "feature_extractor_info": dict, "config": dict, "dataset": str, "lineage": dict},
+}
+# What a run reads of its own tasks.
+OWN_STATE_KEYS = ("tasks", "class_ids", "seen_classes", "global_step", "rows", "fisher")
 
 
 def task_folder(output_dir: str | Path, task: int) -> Path:
@@ -21,21 +29,43 @@ def task_folder(output_dir: str | Path, task: int) -> Path:
     return Path(output_dir) / f"task-{task:02d}"
 
 
+def _check_state(where: Path, state: dict) -> None:
+    """Raises `CheckpointError` for values that no run writes; what is not there is not asked for."""
+    check_fields(where, state, {key: kind for key, kind in OTHER_STATE_TYPES.items() if key in state})
+    if state["task"] < 0:
+        raise CheckpointError(f"{where}: task is {state['task']}; allowed: numbers from 0")
+    class_ids = state.get("class_ids", {})
+    ids = list(class_ids.values())
+    if any(type(class_id) is not int or class_id < 0 for class_id in ids) or len(set(ids)) < len(ids):
+        raise CheckpointError(f"{where}: class_ids has {ids!r:.80}; allowed: numbers from 0, each once")
+    unknown = [name for name in state.get("seen_classes", ()) if not isinstance(name, str) or name not in class_ids]
+    if unknown:
+        raise CheckpointError(f"{where}: seen_classes has {unknown[0]!r}, which is not in class_ids")
+    for names in state.get("tasks", ()):
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise CheckpointError(f"{where}: tasks has {names!r:.80}; allowed: lists of class names")
+
+
 def read_task_state(folder: str | Path) -> dict:
     """
-    Returns `consolidation/state.json` of a task folder, after every one of its files was verified.
+    Returns `consolidation/state.json` of a task folder, after every one of its files was verified. Files that are not in its
+    manifest may be beside them: they are not read.
 
     Raises:
-        CheckpointError: when the folder is not whole, or was written by a newer version of this package.
+        CheckpointError: when the folder is not whole, is not of the task that its name says, or was written by a newer
+            version of this package.
     """
-    verify_folder(folder, CONSOLIDATION)
-    try:
-        state = json.loads((Path(folder) / CONSOLIDATION / STATE_NAME).read_text())
-        newer = state["schema"] > SCHEMA
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder}: {CONSOLIDATION}/{STATE_NAME} cannot be read: {error}") from error
-    if newer:
+    folder = Path(folder)
+    path = folder / CONSOLIDATION / STATE_NAME
+    if path.relative_to(folder).as_posix() not in verify_folder(folder, CONSOLIDATION, allow_others=True):
+        raise CheckpointError(f"{folder}: {CONSOLIDATION}/{STATE_NAME} is not in its manifest")
+    state = read_json(path)
+    check_fields(path, state, STATE_TYPES)
+    if state["schema"] > SCHEMA:
         raise CheckpointError(f"{folder} was written by diffusers-cl {state.get('version')}, this is {__version__}")
+    _check_state(path, state)
+    if re.fullmatch("task-[0-9]{2,}", folder.name) and folder.name != task_folder("", state["task"]).name:
+        raise CheckpointError(f"{folder} is task {state['task']}, by its {CONSOLIDATION}/{STATE_NAME}")
     return state
 
 
@@ -48,23 +78,31 @@ def read_start(output_dir: str | Path) -> dict | None:
         CheckpointError: when it cannot be read.
     """
     path = Path(output_dir) / START_NAME
-    try:
-        start = json.loads(path.read_text()) if path.exists() else None
-        if start is not None and not (
-            isinstance(start["task"], int) and {"model", "is_repo", "revision", "asked"} <= start.keys()
-        ):
-            raise ValueError("it is not what a run writes")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not path.exists():
+        return None
+    start = read_json(path)
+    check_fields(path, start, {"task": int, "model": str, "revision": str | None, "asked": str | None})
+    if type(start.get("is_repo")) is not bool or start["task"] < 0:
+        raise CheckpointError(f"{path} cannot be read: it is not what a run writes")
     return start
 
 
 def finished_tasks(output_dir: str | Path) -> list[dict]:
-    """Returns the states of a run's task folders, from the first one, or the one that it went on from, to the last."""
+    """
+    Returns the states of a run's task folders, from the first one, or the one that it went on from, to the last.
+
+    Raises:
+        CheckpointError: when one of them is damaged, or lacks what a run goes on from.
+    """
     start, states = read_start(output_dir), []
     first = start["task"] if start else 0
     while task_folder(output_dir, first + len(states)).exists():
-        states.append(read_task_state(task_folder(output_dir, first + len(states))))
+        folder = task_folder(output_dir, first + len(states))
+        state = read_task_state(folder)
+        check_fields(
+            folder / CONSOLIDATION / STATE_NAME, state, {key: OTHER_STATE_TYPES[key] for key in OWN_STATE_KEYS}
+        )
+        states.append(state)
     return states
 
 

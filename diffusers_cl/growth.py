@@ -82,7 +82,7 @@ def restore_penalty(penalty, folder: str | Path, model: torch.nn.Module) -> bool
         found = type(penalty).from_pretrained(folder)
     except ValueError as error:
         raise ConfigError(f"penalty: {error}; allowed: that, or none") from error
-    except (OSError, SafetensorError, KeyError) as error:
+    except (OSError, SafetensorError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if (rank := getattr(penalty, "rank", None)) != getattr(found, "rank", None):
         raise ConfigError(f"fisher_rank is {rank}; allowed: {found.rank}, which {path} has")

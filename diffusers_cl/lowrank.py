@@ -5,18 +5,8 @@ from collections.abc import Iterable
 import torch
 
 from .ewc import Rank1EWC
-from .fisher import (
-    CURVATURE_STEPS,
-    Losses,
-    Reduce,
-    _estimating,
-    _finite,
-    _identity,
-    curvature_along,
-    mean_gradient,
-    projections,
-    trainable_parameters,
-)
+from .fisher import CURVATURE_STEPS, curvature_along, mean_gradient, projections
+from .passes import Losses, Reduce, alone, batches_to_do, estimating, finite, trainable_parameters
 
 
 # Block power iterations: with the mean gradient to start from the leading values settle to a few percent.
@@ -38,7 +28,8 @@ def top_fisher_directions(
     batches: Iterable,
     rank: int,
     num_iterations: int = NUM_ITERATIONS,
-    reduce: Reduce = _identity,
+    reduce: Reduce = alone,
+    progress=None,
 ) -> tuple[dict[str, torch.Tensor], list[float], int]:
     """
     Returns orthonormal directions that span the leading eigenvectors of F = E[g g^T], and `v^T F v` of each.
@@ -47,29 +38,35 @@ def top_fisher_directions(
     product, and the sum of `(g . v) g` over rows one backward pass. The start is the mean gradient and random vectors.
 
     Args:
-        model, losses, batches, reduce: as for [`rank1_fisher`].
+        model, losses, batches, reduce, progress: as for [`rank1_fisher`].
         rank (`int`): how many directions.
         num_iterations (`int`): times `2 * rank` passes over the draws.
 
     Returns:
         `dict[str, torch.Tensor]` by parameter name, `(rank, *parameter.shape)`, float32; their second moments, largest
         first; and the number of draws, over all processes.
+
+    Raises:
+        ValueError: when there are no draws.
+        FloatingPointError: when an estimate is not finite.
     """
     parameters = trainable_parameters(model)
     device = next(iter(parameters.values())).device
-    mu, _, _ = mean_gradient(model, losses, batches, reduce)
+    mu, _, _ = mean_gradient(model, losses, batches, reduce, progress)
     start = torch.cat([tensor.flatten() for tensor in mu.values()])
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(rank - 1, len(start), generator=generator, dtype=torch.float64).to(device)
     basis = torch.linalg.qr(torch.cat([start[None], noise]).T)[0].T
     for iteration in range(num_iterations + 1):
         directions = _split(basis, parameters)
-        product = torch.zeros_like(basis)
         moments = torch.zeros(rank, rank, dtype=torch.float64, device=device)
         count = torch.zeros((), dtype=torch.float64, device=device)
+        sums = {"moments": moments, "count": count}
         last = iteration == num_iterations
-        for batch in batches:
-            with _estimating(model):
+        if not last:
+            sums["product"] = torch.zeros_like(basis)
+        for batch in batches_to_do(progress, batches, f"power-{iteration}", sums):
+            with estimating(model):
                 projected = torch.stack(
                     [projections(model, losses, batch, {n: v[k] for n, v in directions.items()}) for k in range(rank)]
                 ).detach()
@@ -83,11 +80,12 @@ def top_fisher_directions(
                     gradients = torch.autograd.grad(
                         values @ projected[k], list(parameters.values()), retain_graph=keep
                     )
-                    product[k] += torch.cat([gradient.flatten() for gradient in gradients]).double()
+                    sums["product"][k] += torch.cat([gradient.flatten() for gradient in gradients]).double()
         if not last:
-            basis = torch.linalg.qr(_finite(reduce(product), "a Fisher direction").T)[0].T
+            basis = torch.linalg.qr(finite(reduce(sums["product"]), "a Fisher direction").T)[0].T
     num_samples = int(reduce(count).item())
-    eigenvalues, rotation = torch.linalg.eigh(reduce(moments) / num_samples)
+    moments = finite(reduce(moments) / num_samples, "the Fisher's second moments")
+    eigenvalues, rotation = torch.linalg.eigh(moments)
     order = eigenvalues.argsort(descending=True)
     return _split(rotation[:, order].T @ basis, parameters), eigenvalues[order].tolist(), num_samples
 
@@ -124,21 +122,24 @@ class LowRankEWC(Rank1EWC):
             self.rank = len(self.statistics["offset"]) // self.num_tasks
 
     def consolidate(
-        self, model: torch.nn.Module, losses: Losses, batches, reduce: Reduce = _identity, diagnostics: bool = True
+        self, model: torch.nn.Module, losses: Losses, batches, reduce: Reduce = alone, diagnostics=True, progress=None
     ) -> dict[str, torch.Tensor]:
         """Adds the finished task's term; arguments as [`Rank1EWC.consolidate`]. Returns the directions."""
         parameters = self._parameters(model)
-        directions, moments, num_samples = top_fisher_directions(model, losses, batches, self.rank, reduce=reduce)
-        known = self.tensors.setdefault("direction", {})
+        directions, moments, num_samples = top_fisher_directions(
+            model, losses, batches, self.rank, reduce=reduce, progress=progress
+        )
         offsets = torch.zeros(self.rank, dtype=torch.float64, device=next(iter(parameters.values())).device)
         for name, parameter in parameters.items():
             offsets += directions[name].reshape(self.rank, -1).double() @ parameter.detach().flatten().double()
-            known[name] = torch.cat([known[name], directions[name]]) if name in known else directions[name]
+        finite(offsets, "the penalty's offset")
+        curvatures = [None] * self.rank
+        if diagnostics or self.automatic:
+            for k in range(self.rank):
+                along, step = {name: tensor[k] for name, tensor in directions.items()}, CURVATURE_STEPS[:1]
+                (curvatures[k],) = curvature_along(model, losses, batches, along, step, reduce, progress, f"loss-{k}")
+        self._add_directions(directions)
         self.statistics.setdefault("num_samples", []).append(float(num_samples))
         for k in range(self.rank):
-            curvature = None
-            if diagnostics or self.automatic:
-                along = {name: tensor[k] for name, tensor in directions.items()}
-                curvature = curvature_along(model, losses, batches, along, CURVATURE_STEPS[:1], reduce)[0]
-            self._record(offset=offsets[k].item(), second_moment=moments[k], curvature=curvature)
+            self._record(offset=offsets[k].item(), second_moment=moments[k], curvature=curvatures[k])
         return directions

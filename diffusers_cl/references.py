@@ -8,11 +8,19 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .errors import CheckpointError
+from .errors import CheckpointError, first_line
 from .metrics import Statistics, statistics
 
 
 REFERENCES_NAME = "references.safetensors"
+# Of a class in a task: a file that says more is not of a measurement.
+MAX_IMAGES = 10**7
+
+
+def _are_counts(found) -> bool:
+    return isinstance(found, dict) and all(
+        isinstance(name, str) and type(count) is int and 0 < count <= MAX_IMAGES for name, count in found.items()
+    )
 
 
 @dataclass
@@ -99,20 +107,31 @@ class References:
             with safe_open(path, framework="pt") as file:
                 content = json.loads((file.metadata() or {})["references"])
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-            labels, names = content["labels"], content["class_names"]
+            labels, predicted, names = content["labels"], content["predicted"], content["class_names"]
+            if not all(map(_are_counts, labels)) or not all(
+                found is None or _are_counts(found) for found in predicted
+            ):
+                raise ValueError("its counts of images are not numbers from 1")
+            if len(predicted) != len(labels) or {name for counts in labels for name in counts} != set(names):
+                raise ValueError("it does not have the classes of its tasks")
             mean = [tensors[f"task-{task:02d}.mean"] for task in range(len(labels))]
             covariance = [tensors[f"task-{task:02d}.covariance"] for task in range(len(labels))]
             dimension = tensors["class.mean"].shape[1]
-            shapes = {t.shape for t in mean} | {torch.Size([len(t)]) for t in covariance}
-            if shapes != {torch.Size([dimension])} or len(tensors["class.mean"]) != len(names):
+            expected = (
+                [(dimension,)] * len(labels) + [(dimension, dimension)] * len(labels) + [(len(names), dimension)] * 2
+            )
+            found = [*mean, *covariance, tensors["class.mean"], tensors["class.variance"]]
+            if expected != [tuple(tensor.shape) for tensor in found]:
                 raise ValueError("its tensors do not fit each other")
+            if not all(tensor.is_floating_point() and tensor.isfinite().all() for tensor in found):
+                raise ValueError("its tensors have numbers that are not finite")
             return cls(
                 labels,
-                content["predicted"],
+                predicted,
                 mean,
                 covariance,
                 dict(zip(names, tensors["class.mean"], strict=True)),
                 dict(zip(names, tensors["class.variance"], strict=True)),
             )
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{path} cannot be read as reference statistics: {error}") from error
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+            raise CheckpointError(f"{path} cannot be read as reference statistics: {first_line(error)}") from error

@@ -1,6 +1,6 @@
 """What is replayed in a task: images generated before it, in a file that a run can go on from, or real ones kept."""
 
-import shutil
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,8 +9,10 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
+from .config import TrainingConfig
 from .errors import CheckpointError
-from .files import publish_folder, verify_folder
+from .files import publish_folder, remove_folder, verify_folder
+from .folders import CONSOLIDATION, MEMORY_NAME, task_folder
 from .randomness import permutation
 from .tasks import TaskImages
 
@@ -87,12 +89,68 @@ def replay_images_for_task(
         class_labels = torch.cat([kept["class_labels"][rows], class_labels])
     if accelerator.is_main_process:
         tensors = {"images": images, "class_labels": class_labels}
-        publish_folder(folder, lambda partial: save_file(tensors, partial / IMAGES_NAME))
+        num_bytes = sum(tensor.nbytes for tensor in tensors.values())
+        publish_folder(folder, lambda partial: save_file(tensors, partial / IMAGES_NAME), num_bytes=num_bytes)
     accelerator.wait_for_everyone()
     loaded = load_replay_images(folder, accelerator.device)
     if accelerator.is_main_process:
-        shutil.rmtree(previous, ignore_errors=True)
+        remove_folder(previous)
     return *loaded, generated
+
+
+def update_replay(
+    replay,
+    output_dir: Path,
+    task: int,
+    tasks: list[list[str]],
+    class_ids: dict[str, int],
+    unet: torch.nn.Module,
+    sample: Callable[[torch.nn.Module], Callable],
+    config: TrainingConfig,
+    accelerator: Accelerator,
+    warn: Callable[[str], None],
+    none_kept: bool,
+) -> tuple[dict[str, torch.Tensor] | None, int]:
+    """
+    Fills the replay of a run for a task: the model of the task before is the teacher, and draws what is generated.
+
+    Args:
+        replay ([`GenerativeReplay`] or one of its kind).
+        output_dir (`Path`), config ([`TrainingConfig`]), accelerator, warn: of the run.
+        task (`int`): that is about to be trained, from 1.
+        tasks (`list[list[str]]`), class_ids (`dict[str, int]`): of the stream.
+        unet (`UNet2DModel`): as the task before has left it.
+        sample: makes a function of class ids and noise keys from a network.
+        none_kept (`bool`): the run goes on from a model and has generated nothing yet.
+
+    Returns:
+        the memory of real images, where one is kept, and how many images were generated.
+    """
+    # Real images need no teacher.
+    teacher = None if replay.source == "memory" else copy.deepcopy(unet).eval().requires_grad_(False)
+    # A class that was learned twice is replayed once, as it was learned last.
+    last = {name: learned for learned in range(task) for name in tasks[learned]}
+    earlier = [[class_ids[name] for name in tasks[t] if last[name] == t] for t in range(task)]
+    memory, generated = None, 0
+    if replay.source == "generated":
+        images, class_labels, generated = replay_images_for_task(
+            output_dir,
+            task,
+            earlier,
+            config.replay_images_per_class,
+            config.replay_refresh,
+            sample(teacher),
+            accelerator,
+            warn,
+            none_kept,
+        )
+    elif replay.source == "memory":
+        memory = load_file(task_folder(output_dir, task - 1) / CONSOLIDATION / MEMORY_NAME)
+        images, class_labels = memory["images"].to(accelerator.device), memory["class_labels"].to(accelerator.device)
+    else:
+        images, class_labels = None, torch.tensor([class_id for ids in earlier for class_id in ids])
+    replay.update(images, class_labels, teacher)
+    return memory, generated
 
 
 def extend_memory(

@@ -1,7 +1,6 @@
 """A class-conditional model as it is found, in a folder or on the Hub: what it is, what its classes are called."""
 
 import inspect
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,17 +11,11 @@ from safetensors import SafetensorError
 
 from .config import NUM_TRAIN_TIMESTEPS
 from .errors import CheckpointError, ConfigError, RunError, first_line
-from .fetch import fetch_files
+from .fetch import PIPELINE_FILES, model_folder
+from .files import read_json
 from .folders import tasks_of_run
 
 
-# All that is fetched of a repo: no code, and no weights that would be unpickled.
-WANTED_FILES = [
-    "model_index.json",
-    "unet/config.json",
-    "unet/diffusion_pytorch_model.safetensors",
-    "scheduler/scheduler_config.json",
-]
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 
 
@@ -49,16 +42,6 @@ class Source:
     def class_ids(self) -> dict[str, int]:
         """Class name to row, in the order of the rows."""
         return {name: row for row, name in sorted(self.id2label.items())}
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError(f"holds a {type(content).__name__}, not an object")
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {first_line(error)}") from error
-    return content
 
 
 def _check_unet_config(where: str, config: dict) -> None:
@@ -128,7 +111,7 @@ def _load_scheduler(where: str, config: dict) -> DDIMScheduler:
     known = inspect.signature(DDIMScheduler).parameters
     try:
         scheduler = DDIMScheduler.from_config({key: value for key, value in config.items() if key in known})
-    except (NotImplementedError, ValueError, TypeError) as error:
+    except (RuntimeError, ValueError, TypeError) as error:
         raise ConfigError(
             f"{where}: DDIMScheduler cannot have the scheduler's settings: {first_line(error)}"
         ) from error
@@ -179,7 +162,7 @@ def _labels(file: str | None, model: str, folder: Path, unet_config: dict) -> di
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise ConfigError(f"--labels {file}: {first_line(error)}") from error
     index = folder / "model_index.json"
-    places = {"model_index.json": _read_json(index) if index.exists() else {}, "unet/config.json": unet_config}
+    places = {"model_index.json": read_json(index) if index.exists() else {}, "unet/config.json": unet_config}
     for name, config in places.items():
         if config.get("id2label"):
             return check_labels(f"--model {model}: id2label of {name}", config["id2label"], num_rows)
@@ -204,25 +187,23 @@ def open_source(
         DataError: when it cannot be fetched.
         CheckpointError: when a file of it is missing or damaged.
     """
-    where, commit = f"--model {model}", None
+    where = f"--model {model}"
     if Path(model).is_dir():
-        folder = Path(model)
         if revision is not None:
             raise ConfigError(f"--revision is {revision!r}; allowed: nothing for a folder, which {model} is")
-        if tasks := tasks_of_run(folder):
+        if tasks := tasks_of_run(model):
             raise ConfigError(f"{where} is the folder of a run; allowed: one of its tasks, such as {tasks[0]}")
-    else:
-        try:
-            folder, commit = fetch_files(model, revision, WANTED_FILES, cache_dir=cache_dir)
-        except RunError as error:
-            raise type(error)(f"--model: {error}") from error
+    try:
+        folder, commit = model_folder(model, revision, PIPELINE_FILES, cache_dir=cache_dir)
+    except RunError as error:
+        raise type(error)(f"--model: {error}") from error
     for name in ("unet/config.json", "scheduler/scheduler_config.json"):
         if not (folder / name).is_file():
             raise ConfigError(
                 f"{where} has no {name}; allowed: a pipeline with a unet and a scheduler, or these two alone"
             )
-    unet_config = _read_json(folder / "unet" / "config.json")
+    unet_config = read_json(folder / "unet" / "config.json")
     _check_unet_config(where, unet_config)
     id2label = _labels(labels, model, folder, unet_config)
-    scheduler = _load_scheduler(where, _read_json(folder / "scheduler" / "scheduler_config.json"))
+    scheduler = _load_scheduler(where, read_json(folder / "scheduler" / "scheduler_config.json"))
     return Source(model, commit, _load_unet(where, folder, unet_config), scheduler, id2label)

@@ -1,6 +1,5 @@
 """Going on from a published task: its folder comes from the Hub or the disk, and becomes the first of the run's."""
 
-import json
 import re
 import shutil
 from collections.abc import Callable
@@ -12,8 +11,8 @@ from huggingface_hub.errors import RemoteEntryNotFoundError
 
 from .config import OPERATIONAL_KEYS, TrainingConfig
 from .errors import CheckpointError, ConfigError, DataError, RunError
-from .fetch import hub_faults, pinned
-from .files import MANIFEST_NAME, publish_folder, write_json
+from .fetch import check_files, hub_faults, pinned
+from .files import MANIFEST_NAME, publish_folder, read_json, write_json
 from .folders import (
     CONSOLIDATION,
     MEMORY_NAME,
@@ -54,6 +53,11 @@ OWN_KEYS = (
 )
 # What the model, or the rows of its task matrix, cannot change any more.
 FIXED_KEYS = ("resolution", "prediction_type", "eval_num_inference_steps")
+# Of parts of a state, the same.
+PART_KEYS = {
+    "config": ("stream", "penalty", "feature_extractor", *FIXED_KEYS),
+    "feature_extractor_info": ("name", "sha256"),
+}
 
 
 @dataclass
@@ -100,7 +104,7 @@ def _download(model: str, revision: str | None, token: str | None, cache_dir: st
     """The folder of a repo's snapshot with the files of a task, and its commit."""
     where = f"{model} at revision {revision}" if revision else model
     with hub_faults(where):
-        options, commit = pinned(model, revision, token, cache_dir)
+        options, commit, _ = pinned(model, revision, ALLOWED_FILES, token, cache_dir)
         try:
             # By the name that was asked for, which the cache then knows the commit of, offline too.
             named = options | {"revision": revision}
@@ -115,13 +119,12 @@ def _download(model: str, revision: str | None, token: str | None, cache_dir: st
 
 def _listed_files(manifest: Path, where: str) -> list[str]:
     """The names in a manifest, which must all be a task folder's."""
-    try:
-        names = list(json.loads(manifest.read_text())["sha256"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{where}: {CONSOLIDATION}/{MANIFEST_NAME} cannot be read: {error}") from error
+    names = read_json(manifest).get("sha256")
+    if not isinstance(names, dict):
+        raise CheckpointError(f"{where}: {CONSOLIDATION}/{MANIFEST_NAME} cannot be read: it lists no files")
     if strange := [name for name in names if not ALLOWED_FILES.fullmatch(name)]:
         raise CheckpointError(f"{where}: {strange[0]!r} is no file of a task folder")
-    return names
+    return list(names)
 
 
 def fetch_task(
@@ -150,11 +153,16 @@ def fetch_task(
         folder, commit = _download(model, revision, token, cache_dir)
     elif not (folder / CONSOLIDATION / STATE_NAME).exists():
         raise ConfigError(f"{model} {NO_TASK}")
-    else:
-        _listed_files(folder / CONSOLIDATION / MANIFEST_NAME, model)
+    check_files(folder, ALLOWED_FILES)
+    _listed_files(folder / CONSOLIDATION / MANIFEST_NAME, model)
     state = read_task_state(folder)
-    if missing := [key for key in STATE_KEYS if key not in state]:
+    missing = [key for key in STATE_KEYS if key not in state] or [
+        f"{key}.{name}" for key, names in PART_KEYS.items() for name in names if name not in state[key]
+    ]
+    if missing:
         raise CheckpointError(f"{model}: its state has no {missing[0]!r}; it is of a version that none can go on from")
+    if state["task"] >= len(state["tasks"]):
+        raise CheckpointError(f"{model}: its state is of task {state['task']} of {len(state['tasks'])}")
     return Start(folder, state, model, commit, is_repo=folder != Path(model))
 
 

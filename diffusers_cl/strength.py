@@ -1,5 +1,8 @@
 """How strong a penalty is: `ewc_lambda` as configurations and penalties take it."""
 
+import reprlib
+
+
 ALLOWED = "positive numbers, 'auto' and multiples of it such as '10xauto'"
 
 
@@ -18,14 +21,15 @@ def parse_ewc_lambda(ewc_lambda: float | str) -> tuple[float, bool]:
     ((15000.0, False), (1.0, True), (0.1, True))
     ```
     """
-    factor, automatic = ewc_lambda, isinstance(ewc_lambda, str)
+    # Python takes true for 1.
+    factor, automatic = None if isinstance(ewc_lambda, bool) else ewc_lambda, isinstance(ewc_lambda, str)
     if automatic:
         before, cross, after = ewc_lambda.rpartition("x")
         factor = None if after != "auto" else before if cross else 1.0
     try:
         factor = float(factor)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         factor = float("nan")
     if not 0 < factor < float("inf"):
-        raise ValueError(f"ewc_lambda is {ewc_lambda!r}; allowed: {ALLOWED}")
+        raise ValueError(f"ewc_lambda is {reprlib.repr(ewc_lambda)}; allowed: {ALLOWED}")
     return factor, automatic

@@ -1,5 +1,7 @@
 """The stream: which classes a task has, its images, and the order of its batches."""
 
+import copy
+from collections import Counter
 from collections.abc import Iterator
 
 import torch
@@ -45,9 +47,9 @@ def resolve_tasks(config: TrainingConfig, train: ImageSplit, test: ImageSplit) -
         else:
             order = names
         tasks = [order[i : i + config.classes_per_task] for i in range(0, len(order), config.classes_per_task)]
-    flat = [name for task in tasks for name in task]
-    for name in flat:
-        if flat.count(name) > 1:
+    flat = Counter(name for task in tasks for name in task)
+    for name, count in flat.items():
+        if count > 1:
             raise DataError(
                 f"the class {name!r} stands in more than one place of the stream; every class belongs to one task"
             )
@@ -117,6 +119,13 @@ class StepBatches(torch.utils.data.Sampler):
 
     def __len__(self) -> int:
         return self.num_batches - self.start
+
+    def indices(self, first: int, last: int) -> list[int]:
+        """Returns the images of the batches from `first` up to `last`, of all processes together."""
+        parts = [copy.copy(self) for _ in range(self.num_processes)]
+        for rank, part in enumerate(parts):
+            part.start, part.num_batches, part.rank = first, last, rank
+        return sorted({index for part in parts for keys in part for _, index in keys})
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         order, order_epoch = None, None

@@ -22,8 +22,7 @@ from diffusers_cl.config import TrainingConfig
 from diffusers_cl.data import load_splits
 from diffusers_cl.errors import CheckpointError, DataError, RunError
 from diffusers_cl.folders import finished_tasks, task_folder
-from diffusers_cl.pipeline import ClassConditionalPipeline
-from diffusers_cl.sampling import sample_images
+from diffusers_cl.sampling import load_pipeline, sample_images
 
 
 # Of the judge; fitting takes time that grows with the square of the number of images.
@@ -65,7 +64,8 @@ def recognise(run: Path, num_images: int, seed: int, dataset_name: str | None = 
     judge = SVC(**SVC_PARAMETERS).fit(pixels(train, rows), train.labels[rows])
     test_accuracy = float((judge.predict(pixels(test, range(len(test.labels)))) == test.labels).mean())
 
-    pipeline = ClassConditionalPipeline.from_pretrained(task_folder(run, states[-1]["task"]))
+    folder = task_folder(run, states[-1]["task"])
+    pipeline = load_pipeline(folder, torch.device("cpu"), str(folder))
     class_ids = {name: states[-1]["class_ids"][name] for name in states[-1]["seen_classes"]}
     if unknown := [name for name in class_ids if name not in train.names]:
         raise DataError(

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from script_helpers import ROOT
 
 import diffusers_cl
 from diffusers_cl import config as config_module
@@ -17,6 +16,7 @@ from diffusers_cl.config import OPERATIONAL_KEYS, TrainingConfig
 from diffusers_cl.errors import ConfigError
 
 
+ROOT = Path(__file__).resolve().parents[1]
 DIGITS = str(ROOT / "configs" / "digits.yaml")
 PRESETS = sorted((ROOT / "configs").glob("*.yaml"))
 METHODS = sorted((ROOT / "configs" / "methods").glob("*.yaml"))
@@ -52,6 +52,7 @@ def test_a_later_file_wins_and_the_command_line_over_all(write):
 def test_a_switch_alone_means_true(write):
     base = write("base.yaml", "dataset_name: digits\nclasses_per_task: 2\nuse_ema: false\n")
     assert parse_config(["--config", base]).use_ema is False
+    assert parse_config(["--config", base, "--debug"]).debug and parse_config(["--debug", "--config", base]).debug
     for command in (["--use_ema"], ["--use_ema", "--seed", "1"], ["--use_ema", "true"], ["--use_ema=true"]):
         assert parse_config(["--config", base, *command]).use_ema is True
         assert parse_config([*command, "--config", base]).use_ema is True
@@ -72,9 +73,26 @@ def test_types(write):
     assert [config.num_steps_for_task(task) for task in range(2)] == [7, 7]
 
 
-def test_what_is_written_is_read_again(write):
-    config = parse_config(["--config", DIGITS, "--adam_epsilon", "1e-9", "--output_dir", "a: b # c"])
+def test_text_on_the_command_line_stays_as_it_is_typed():
+    command = ["--config", DIGITS, "--pretrained_model_name_or_path", "1e5", "--model_config_name_or_path", "null"]
+    for revision in ("123", "12e4567", "007", "no", "[a", "a: b # c", "2024-01-01", "!x"):
+        config = parse_config([*command, "--revision", revision])
+        assert config.revision == revision and config.pretrained_model_name_or_path == "1e5"
+    assert parse_config([*command, "--revision", "null"]).revision is None
+    assert parse_config([*command, "--mixed_precision", "no"]).mixed_precision == "no"
+    assert parse_config([*command, "--ewc_lambda", "0.1xauto"]).ewc_lambda == "0.1xauto"
+
+
+@pytest.mark.parametrize(
+    "name", ["a: b # c", "1e5", "no", "01", "2024-01-01", "1:30", "null", "0x1F", "=", "caf\u00e9", "*a"]
+)
+def test_what_is_written_is_read_again(write, name):
+    tasks = ["--classes_per_task", "null", "--tasks", f"[[{name!r}, 5], [b]]"]
+    config = parse_config(["--config", DIGITS, "--adam_epsilon", "1e-9", "--output_dir", name, *tasks])
+    assert config.output_dir == name and config.tasks == [[name, 5], ["b"]]
     assert parse_config(["--config", write("config.yaml", to_yaml(config))]) == config
+    # By any reader of YAML.
+    assert yaml.safe_load(to_yaml(config))["tasks"] == config.tasks
 
 
 @pytest.mark.parametrize(
@@ -83,8 +101,23 @@ def test_what_is_written_is_read_again(write):
         ("learning_rat: 1", ["learning_rat", "'learning_rate'"]),
         ("seed: abc", ["seed", "abc"]),
         ("seed: 1.5", ["seed", "1.5"]),
-        ("seed: -1", ["seed", "-1", "0 or more"]),
+        ("seed: -1", ["seed", "-1", "from 0"]),
+        ("seed: 1e3", ["seed", "1000.0", "whole number"]),
+        ("seed: true", ["seed", "True", "whole number"]),
+        ("seed: '5'", ["seed", "'5'", "whole number"]),
+        ("learning_rate: '1e-4'", ["learning_rate", "'1e-4'", "number"]),
+        ("learning_rate: null", ["learning_rate", "None", "number"]),
+        ("output_dir: 5", ["output_dir", "5", "text", "quotes"]),
+        ("output_dir: ''", ["output_dir", "''", "not empty"]),
         ("use_ema: 3", ["use_ema", "3"]),
+        ("mixed_precision: fp8", ["mixed_precision", "'fp8'", "'fp16', 'bf16' or null"]),
+        ("max_train_steps: ['5']", ["max_train_steps", "['5']", "whole number or [whole number, ...] or null"]),
+        ("use_ema: yes", ["use_ema", "'yes'", "true or false"]),
+        ("eval_num_inference_steps: 1001", ["eval_num_inference_steps", "1001", "1000"]),
+        ("ddp_timeout: 100000000000000", ["ddp_timeout", "604800"]),
+        ("logging_dir: ../logs", ["logging_dir", "inside output_dir"]),
+        ("class_order: []", ["class_order", "[]", "seed"]),
+        ("{seed: 1, seed: 2}", ["line 1", "'seed'", "once"]),
         ("penalty: l3", ["penalty", "l3", "rank1_ewc"]),
         ("replay: memories", ["replay", "memories", "generative_distillation"]),
         ("memory_bytes: 0", ["memory_bytes", "0"]),
@@ -97,6 +130,7 @@ def test_what_is_written_is_read_again(write):
         ("ewc_lambda: 0xauto", ["ewc_lambda", "0xauto", "10xauto"]),
         ("ewc_lambda: xauto", ["ewc_lambda", "xauto"]),
         ("ewc_lambda: 10auto", ["ewc_lambda", "10auto"]),
+        ("ewc_lambda: 0x10", ["ewc_lambda", "'0x10'", "10xauto"]),
         ("ewc_lambda: [1, 2]", ["ewc_lambda", "1, 2"]),
         ("train_batch_size: 0", ["train_batch_size", "0"]),
         ("max_train_steps: []", ["max_train_steps", "[]"]),
@@ -137,6 +171,11 @@ def test_refused(write, line, words):
     [
         (["--learning_rat", "1"], ["learning_rat", "learning_rate"]),
         (["--learning_rat=1"], ["learning_rat", "learning_rate"]),
+        (["--learning", "1"], ["'learning'", "learning_rate"]),
+        (["--learning-rate", "1"], ["'learning-rate'", "'learning_rate'"]),
+        (["--use_ema", "--no-debug"], ["no-debug", "debug"]),
+        (["--debug", "yes"], ["debug", "yes", "true or false"]),
+        (["--tasks", "[[0,"], ["tasks", "'[[0,'"]),
         (["--seed"], ["seed"]),
         (["--seed", "--use_ema"], ["seed"]),
         (["--config"], ["config"]),
@@ -188,8 +227,8 @@ def test_every_key_has_a_help_text(capsys):
         parse_config(["--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert end.value.code == 0
-    assert [key for key in KEYS if f"--{key}" not in text] == []
-    # jsonargparse finds the texts: they are not only in the source.
+    assert [key for key in KEYS if f"--{key}" not in text] == [] and "+" not in text
+    # The parser finds the texts: they are not only in the source.
     assert "Peak learning rate" in text and "Rows of the class embedding" in text
 
 

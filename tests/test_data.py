@@ -4,6 +4,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from datasets.arrow_writer import ArrowWriter
 from PIL import Image
 from script_helpers import write_images
 
@@ -109,10 +110,74 @@ def test_labels_that_are_no_class_label(load, write_parquet, feature, values, na
         load(dataset_name=write_parquet({"train": content, "test": test}))
 
 
-def test_labels_of_another_type(load, write_parquet):
-    content = {"image": (IMAGE, grey(10)), "label": (datasets.Value("float32"), [0.5])}
-    with pytest.raises(DataError, match="label_column"):
-        load(dataset_name=write_parquet({"train": content}))
+INTEGERS, STRINGS = datasets.Value("int64"), datasets.Value("string")
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize(
+    ("feature", "good", "bad", "words"),
+    [
+        (datasets.ClassLabel(names=["cat", "dog"]), [0, 1], None, "label None"),
+        (datasets.ClassLabel(names=["cat", "dog"]), [0, 1], -1, "label '-1'; there are 2 classes"),
+        (INTEGERS, [0, 1], None, "label None"),
+        (INTEGERS, [0, 1], -1, "label '-1'.*whole numbers from 0"),
+        (STRINGS, ["cat", "dog"], None, "label None"),
+        (STRINGS, ["cat", "dog"], "", "label ''"),
+    ],
+)
+def test_labels_that_are_none(load, write_parquet, feature, good, bad, words, split):
+    labels = {name: good * 3 + [bad if name == split else good[0], good[1]] for name in ("train", "test")}
+    content = {n: {"image": (IMAGE, grey(*[10, 200] * 4)), "label": (feature, values)} for n, values in labels.items()}
+    with pytest.raises(DataError, match=f"row 6 of split '{split}' has the {words}"):
+        load(dataset_name=write_parquet(content))
+
+
+@pytest.mark.parametrize(
+    ("feature", "values", "words"),
+    [
+        (
+            datasets.Value("float32"),
+            [0.5, 1.0],
+            "row 0 .* the label 0.5, of label_column 'label', which holds .*float32",
+        ),
+        (
+            datasets.Value("float64"),
+            [0.0, float("nan")],
+            "row 1 .* the label nan, .*allowed: ClassLabel, integers, strings",
+        ),
+        (datasets.Value("bool"), [True, None], "row 1 .* the label None, .*bool"),
+        (IMAGE, grey(10, 20), "row 0 .* label_column 'label', which holds Image"),
+    ],
+)
+def test_labels_of_another_type(load, write_parquet, feature, values, words):
+    content = {"image": (IMAGE, grey(10, 20)), "label": (feature, values)}
+    with pytest.raises(DataError, match=words):
+        load(dataset_name=write_parquet({"train": content}), label_column="label")
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+@pytest.mark.parametrize("name", ["test-00000-of-00001", "train-00001-of-00002"])
+def test_class_lists_that_differ(load, tmp_path, name, kind):
+    """`datasets` reads the numbers of all files with the class list of the first one."""
+    (tmp_path / "data").mkdir()
+
+    def write(name, names, label):
+        features = datasets.Features({"image": IMAGE, "label": datasets.ClassLabel(names=names)})
+        dataset = datasets.Dataset.from_dict({"image": grey(10) * 10, "label": [label] * 10}, features=features)
+        if kind == "parquet":
+            dataset.to_parquet(tmp_path / "data" / f"{name}.parquet")
+        else:
+            with ArrowWriter(path=str(tmp_path / "data" / f"{name}.arrow"), features=features) as writer:
+                writer.write_table(dataset.data.table)
+                writer.finalize()
+
+    first = "train-00000-of-00002" if name.startswith("train") else "train-00000-of-00001"
+    write(first, ["cat", "dog"], 0)
+    write(name, ["cat", "dog"], 0)
+    assert load(dataset_name=str(tmp_path / "data"))[0].names == ["cat", "dog"]
+    write(name, ["dog", "cat"], 1)
+    with pytest.raises(DataError, match=f"label 0 is 'dog' in .*{name}.{kind}, but 'cat' in the dataset"):
+        load(dataset_name=str(tmp_path / "data"))
 
 
 def test_the_split_to_evaluate_on(load, write_parquet):
@@ -153,6 +218,47 @@ def test_imagefolder_with_splits(load, tmp_path):
     write_images(tmp_path / "data" / "test", {"a": 2, "b": 2})
     train, test = load(train_data_dir=str(tmp_path / "data"))
     assert (len(train.labels), len(test.labels), test.name) == (6, 4, "test")
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("x.png", "there are images at .*x.png; allowed"),
+        ("a/b/x.png", "there are images at .*a/b/x.png; allowed"),
+        ("train/x.png", "a/00.png would be left out.*here train"),
+        ("bullet train/x.png", "a/00.png would be left out"),
+        ("a/x.avif", "a/x.avif would be left out"),
+        ("a/a test.png", "train_split"),
+        (".hidden/x.png", None),
+        ("a/.x.png", None),
+        ("a/notes.txt", None),
+    ],
+)
+def test_images_where_no_class_is(load, tmp_path, path, words):
+    """Left to itself, `datasets` counts them to a class of another name, or leaves all others out."""
+    folder = write_images(tmp_path / "data", {"a": 10, "b": 10})
+    (folder / path).parent.mkdir(exist_ok=True, parents=True)
+    (folder / path).write_bytes((folder / "b" / "00.png").read_bytes())
+    if words is None:
+        assert load(train_data_dir=str(folder))[0].names == ["a", "b"]
+    else:
+        with pytest.raises(DataError, match=words):
+            load(train_data_dir=str(folder))
+
+
+def test_folders_that_are_no_classes(load, tmp_path):
+    folder = write_images(tmp_path / "data", {"a": 10, "b": 10})
+    (folder / "c").symlink_to(folder / "a")
+    with pytest.raises(DataError, match="data/c is a link to a folder"):
+        load(train_data_dir=str(folder))
+    # All would be of one class, "train".
+    for name in ("a", "b"):
+        write_images(tmp_path / "turned" / name, {"train": 10})
+    with pytest.raises(DataError, match="split 'train' would be made of the folders a, b"):
+        load(train_data_dir=str(tmp_path / "turned"))
+    # The folder of all may have any name, and be a link.
+    (tmp_path / "my test data").symlink_to(write_images(tmp_path / "val", {"a": 10, "b": 10}))
+    assert load(train_data_dir=str(tmp_path / "my test data"))[0].names == ["a", "b"]
 
 
 def test_colours_and_sizes(load, write_parquet):

@@ -1,18 +1,28 @@
 """Feature extractors: what they return, what they cache, what they refuse."""
 
+import json
 import pickle
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from script_helpers import arguments
 from transformers import ConvNextImageProcessor, ResNetConfig, ResNetForImageClassification
 
 from diffusers_cl import classifier
 from diffusers_cl.arguments import parse_config
-from diffusers_cl.classifier import train_classifier
+from diffusers_cl.classifier import SmallClassifier, train_classifier
+from diffusers_cl.config import TrainingConfig
 from diffusers_cl.data import load_splits
 from diffusers_cl.errors import CheckpointError, DataError
-from diffusers_cl.features import load_classifier, load_extractor, resolve_feature_extractor, save_extractor
+from diffusers_cl.features import (
+    FeatureExtractor,
+    load_classifier,
+    load_extractor,
+    resolve_feature_extractor,
+    save_extractor,
+)
 from diffusers_cl.metrics import task_metrics
 
 
@@ -63,6 +73,23 @@ def test_digits_are_measured_with_the_network_that_is_shipped(files, splits, tmp
     _, predictions = extractor(splits[1].decode(range(len(splits[1].labels))))
     names = [splits[1].names[label] for label in splits[1].labels]
     assert sum(map(str.__eq__, predictions, names)) >= 0.97 * len(names)
+
+
+@pytest.mark.parametrize("kind", ["empty", "truncated", "flipped", "swapped"])
+def test_a_damaged_classifier_in_the_cache_is_trained_again(files, splits, tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(classifier, "CLASSIFIER_STEPS", 3)
+    settings = {"feature_extractor": "classifier", "cache_dir": tmp_path}
+    whole = resolve(files, tmp_path, splits, **settings)
+    (file,) = tmp_path.rglob("classifier-*.safetensors")
+    content = file.read_bytes()
+    flipped = bytearray(content)
+    flipped[-9] ^= 1
+    resolve(files, tmp_path, splits, class_names=["4", "5"], **settings)
+    (other,) = set(tmp_path.rglob("classifier-*.safetensors")) - {file}
+    damaged = {"empty": b"", "truncated": content[:-8], "flipped": flipped, "swapped": other.read_bytes()}
+    file.write_bytes(damaged[kind])
+    assert resolve(files, tmp_path, splits, **settings).info == whole.info
+    assert file.read_bytes() == content
 
 
 def test_the_classifier_is_a_function_of_its_seed(splits, monkeypatch):
@@ -172,6 +199,30 @@ def test_the_small_classifier_travels(splits, files, tmp_path):
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match="cannot be read as a classifier"):
         load_extractor(tmp_path, extractor.info, config, CPU)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"channels": 10**9},
+        {"resolution": 10**6},
+        {"resolution": "8"},
+        {"channels": None},
+        {"class_names": 3},
+        {"class_names": ["0"]},
+        {"known_classes": None},
+    ],
+    ids=str,
+)
+def test_a_classifier_that_is_described_wrongly_takes_no_memory(tmp_path, change):
+    extractor = FeatureExtractor("classifier", SmallClassifier(1, 10, 8), CPU, [str(digit) for digit in range(10)])
+    save_extractor(extractor, tmp_path)
+    path = tmp_path / "extractor.safetensors"
+    with safe_open(path, "pt") as file:
+        description = json.loads(file.metadata()["classifier"])
+    save_file(load_file(path), path, {"classifier": json.dumps({**description, **change})})
+    with pytest.raises(CheckpointError, match="cannot be read as a classifier"):
+        load_extractor(tmp_path, extractor.info, TrainingConfig(), CPU)
 
 
 def test_another_network_is_not_the_extractor(files, tmp_path):

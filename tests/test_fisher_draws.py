@@ -10,10 +10,14 @@ from diffusers import DDIMScheduler
 from estimate_helpers import Redrawn, by_name, num_parameters
 from PIL import Image
 
+from diffusers_cl import DiagonalEWC, Rank1EWC
+from diffusers_cl.controls import L2Penalty, RandomDirectionEWC
 from diffusers_cl.data import ImageSplit
 from diffusers_cl.draws import FisherBatches
-from diffusers_cl.fisher import curvature_along, diagonal_fisher, mean_gradient, rank1_fisher
+from diffusers_cl.fisher import curvature_along, diagonal_fisher, gradient_trace, mean_gradient, rank1_fisher
 from diffusers_cl.losses import denoising_losses
+from diffusers_cl.lowrank import LowRankEWC
+from diffusers_cl.passes import first_draws
 from diffusers_cl.tasks import TaskImages
 
 
@@ -112,9 +116,33 @@ def test_draws_do_not_depend_on_batch_size_or_processes(task_images):
     rows = rows_of(draw(task_images))
     assert len(rows) == 10
     assert rows_of(draw(task_images, batch_size=10)) == rows
-    shards = [rows_of(draw(task_images, batch_size=3, rank=rank, processes=3)) for rank in range(3)]
-    assert [len(shard) for shard in shards] == [4, 3, 3]
-    assert sorted(row for shard in shards for row in shard) == sorted(rows)
+
+
+# Ten draws: four batches, the last of one.
+@pytest.mark.parametrize("processes", [2, 3, 6])
+def test_processes_share_out_whole_batches(task_images, processes):
+    alone = [rows_of([batch]) for batch in draw(task_images, batch_size=3)]
+    assert [len(rows) for rows in alone] == [3, 3, 3, 1]
+    for rank in range(processes):
+        shard = draw(task_images, batch_size=3, rank=rank, processes=processes)
+        assert [rows_of([batch]) for batch in shard] == alone[rank::processes]
+
+
+@pytest.mark.parametrize("num_samples", [1, 3, 5, 10, 99])
+def test_first_draws_are_of_all_processes(task_images, num_samples):
+    rows = rows_of(draw(task_images))
+    batches = draw(task_images, batch_size=3)
+    assert rows_of(batches.first(num_samples)) == rows[:num_samples] == rows_of(first_draws(batches, num_samples))
+    assert rows_of(batches) == rows
+    shards = [draw(task_images, batch_size=3, rank=rank, processes=2).first(num_samples) for rank in (0, 1)]
+    whole = [rows_of([batch]) for batch in batches.first(num_samples)]
+    assert [[rows_of([batch]) for batch in shard] for shard in shards] == [whole[0::2], whole[1::2]]
+
+
+def test_first_draws_of_plain_batches_are_of_this_process(make_batches):
+    batches = make_batches([5, 5, 2])
+    for num_samples in (1, 5, 7, 12, 99):
+        assert rows_of(first_draws(batches, num_samples)) == rows_of(batches)[:num_samples]
 
 
 def clean(rows) -> list[tuple[int, int]]:
@@ -166,3 +194,37 @@ def test_script_draws_feed_the_estimate(task_images, tiny_unet):
     images = TaskImages(task_images.split, {"a": 0, "b": 3})
     fisher = rank1_fisher(tiny_unet, lambda model, batch: denoising_losses(model, *batch), draw(images))
     assert fisher.num_samples == 10 and fisher.second_moment > 0
+
+
+# Batches of three: two processes have two each. Of ten: the second process has none.
+@pytest.mark.parametrize("batch_size", [3, 10])
+@pytest.mark.parametrize("kind", [Rank1EWC, DiagonalEWC, LowRankEWC, L2Penalty, RandomDirectionEWC])
+def test_two_processes_measure_what_one_does(task_images, small_denoiser, losses, in_two_processes, kind, batch_size):
+    images = TaskImages(task_images.split, {"a": 0, "b": 3})
+
+    def consolidate(rank=0, processes=1, **kwargs):
+        penalty = kind("auto", 2) if kind is LowRankEWC else kind("auto")
+        penalty.consolidate(
+            small_denoiser, losses, draw(images, None, (0, 1000), batch_size, rank=rank, processes=processes), **kwargs
+        )
+        return penalty
+
+    alone = consolidate().state_dict()
+    both = in_two_processes(lambda rank, reduce: consolidate(rank, 2, reduce=reduce).state_dict(), max_rounds=12)
+    # All that metrics.json has of it is in the state, by name `statistics.*`.
+    for state in both:
+        assert state.keys() == alone.keys()
+        for name, tensor in state.items():
+            torch.testing.assert_close(tensor, alone[name], rtol=1e-5, atol=1e-8, equal_nan=True)
+            torch.testing.assert_close(tensor, both[0][name], rtol=0, atol=0, equal_nan=True)
+
+
+def test_the_trace_is_of_the_first_draws_over_all_processes(task_images, small_denoiser, losses, in_two_processes):
+    images = TaskImages(task_images.split, {"a": 0, "b": 3})
+    alone = gradient_trace(small_denoiser, losses, draw(images, batch_size=3), num_samples=4)
+    for trace, count in in_two_processes(
+        lambda rank, reduce: gradient_trace(
+            small_denoiser, losses, draw(images, batch_size=3, rank=rank, processes=2), num_samples=4, reduce=reduce
+        )
+    ):
+        assert count == alone[1] == 4 and trace == pytest.approx(alone[0], rel=1e-12)

@@ -65,8 +65,8 @@ def test_two_processes_estimate_what_one_does(tiny_unet, make_batches, losses, i
     assert first.mean_gradient_norm == pytest.approx(alone.mean_gradient_norm, rel=1e-6)
     assert first.second_moment == pytest.approx(alone.second_moment, rel=1e-6)
     assert first.trace == pytest.approx(alone.trace, rel=1e-6)
-    # The direction may differ in its last bit, and the loss's rounding is divided by the step length squared.
-    assert first.curvature == pytest.approx(alone.curvature, rel=1e-3)
+    # Cut into other batches it agrees to 1e-3 only (above): processes share out whole ones.
+    assert first.curvature == pytest.approx(alone.curvature, rel=1e-5)
 
     diagonal, _ = diagonal_fisher(tiny_unet, losses, batches)
     (first, first_count), (second, second_count) = in_two_processes(

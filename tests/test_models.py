@@ -1,19 +1,14 @@
-"""The network of a run, and the images it samples: neither depends on what it should not depend on."""
+"""The network of a run: it does not depend on what it should not depend on."""
 
 import json
-import random
 
-import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, UNet2DModel
+from diffusers import UNet2DModel
 
 from diffusers_cl.config import TrainingConfig
 from diffusers_cl.errors import ConfigError
 from diffusers_cl.models import PAPER_UNET, create_unet, load_unet_config
-from diffusers_cl.pipeline import ClassConditionalPipeline, to_uint8
-from diffusers_cl.randomness import generator
-from diffusers_cl.sampling import image_grid, sample_images
 
 
 EMBEDDING = "class_embedding.weight"
@@ -143,116 +138,3 @@ def test_resolution_that_cannot_be_halved_is_a_config_error(tiny_model_config):
     for path, resolution, factor in ((str(tiny_model_config), 9, 2), (None, 12, 8)):
         with pytest.raises(ConfigError, match=f"resolution is {resolution}; allowed: multiples of {factor}"):
             load_unet_config(TrainingConfig(model_config_name_or_path=path, resolution=resolution))
-
-
-# Sampling
-
-LABELS = [0, 3, 1, 1, 2, 0, 3]
-KEYS = [("eval", label, index) for index, label in enumerate(LABELS)]
-
-
-def sample(unet, labels=LABELS, keys=KEYS, seed=0, batch_size=2, **kwargs) -> torch.Tensor:
-    pipeline = ClassConditionalPipeline(unet, DDIMScheduler())
-    return sample_images(pipeline, labels, keys, seed, 3, batch_size, disable_progress_bar=True, **kwargs)
-
-
-def sample_in_processes(unet, num_processes: int, **kwargs) -> list[torch.Tensor]:
-    """What every one of several processes returns; their shards are collected first, then gathered."""
-    shards = [[] for _ in range(num_processes)]
-    for rank, collected in enumerate(shards):
-
-        def collect(shard, collected=collected):
-            collected.append(shard)
-            return shard.repeat(num_processes, 1, 1, 1)
-
-        sample(unet, process_index=rank, num_processes=num_processes, gather=collect, **kwargs)
-    # All take part in every round, or the others would wait for ever; a round is a shard for everyone, of one shape.
-    num_rounds = -(-len(LABELS) // (kwargs["batch_size"] * num_processes))
-    assert [len(collected) for collected in shards] == [num_rounds] * num_processes
-    assert len({shard.shape for collected in shards for shard in collected}) == 1
-
-    results = []
-    for rank in range(num_processes):
-        rounds = iter(zip(*shards, strict=True))
-
-        def gather(shard, rank=rank, rounds=rounds):
-            everyones = next(rounds)
-            assert torch.equal(everyones[rank], shard)
-            return torch.cat(everyones)
-
-        results.append(sample(unet, process_index=rank, num_processes=num_processes, gather=gather, **kwargs))
-    return results
-
-
-# Seven images in shards of 2 are 4 shards, of 3 are 3: with and without a process that idles in the last round.
-@pytest.mark.parametrize("batch_size", [2, 3, 8])
-@pytest.mark.parametrize("num_processes", [1, 2, 3])
-def test_images_are_bit_equal_for_any_number_of_processes(tiny_unet, num_processes, batch_size):
-    alone = sample(tiny_unet, batch_size=batch_size)
-    assert alone.shape == (7, 1, 8, 8) and alone.dtype == torch.uint8
-    for images in sample_in_processes(tiny_unet, num_processes, batch_size=batch_size):
-        assert torch.equal(images, alone)
-
-
-def test_images_are_the_pipelines(tiny_unet):
-    pipeline = ClassConditionalPipeline(tiny_unet, DDIMScheduler())
-    pipeline.set_progress_bar_config(disable=True)
-    # The third shard: images 4 and 5. Its noise is a function of the seed and each image's key.
-    latents = torch.stack([torch.randn(1, 8, 8, generator=generator(5, *key)) for key in KEYS[4:6]])
-    expected = pipeline(LABELS[4:6], num_inference_steps=3, latents=latents, output_type="latent").images
-    images = sample(tiny_unet, seed=5)
-    assert torch.equal(images[4:6], to_uint8(expected))
-    assert images.float().std() > 10
-
-
-def test_an_image_depends_on_seed_key_and_label(tiny_unet):
-    images = sample(tiny_unet)
-    assert torch.equal(sample(tiny_unet), images)
-
-    def differs(other):
-        return (other != images).flatten(1).any(dim=1).tolist()
-
-    assert differs(sample(tiny_unet, seed=1)) == [True] * 7
-    keys = [*KEYS[:3], ("replay", 0, *KEYS[3][1:]), *KEYS[4:]]
-    assert differs(sample(tiny_unet, keys=keys)) == [False] * 3 + [True] + [False] * 3
-    labels = [*LABELS[:6], 2]
-    assert differs(sample(tiny_unet, labels=labels)) == [False] * 6 + [True]
-
-
-def test_another_batch_size_changes_images_by_rounding(tiny_unet):
-    # Float32 sums in another order move a pixel that lies between two grey levels.
-    difference = sample(tiny_unet).int() - sample(tiny_unet, batch_size=7).int()
-    assert difference.abs().max() <= 1
-
-
-def test_sampling_leaves_mode_gradients_and_global_random_states_alone(tiny_unet):
-    tiny_unet.train()
-    before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
-    images = sample(tiny_unet)
-    assert torch.equal(torch.get_rng_state(), before[0])
-    assert np.array_equal(np.random.get_state()[1], before[1])
-    assert random.getstate() == before[2]
-    assert all(module.training for module in tiny_unet.modules())
-    assert all(parameter.grad is None and parameter.requires_grad for parameter in tiny_unet.parameters())
-    assert not images.requires_grad
-
-
-def test_image_grid_is_in_rows_and_enlarged_without_interpolation():
-    greys = torch.tensor([10, 50, 90, 130, 170, 210], dtype=torch.uint8)
-    images = greys[:, None, None, None].repeat(1, 1, 8, 8)
-    # The last pixel of every image is another.
-    images[:, :, 7, 7] += 1
-    grid = np.asarray(image_grid(images, columns=3).convert("L"))
-    height, width = grid.shape
-    for position, grey in enumerate(greys.tolist()):
-        row, column = divmod(position, 3)
-        assert grid[height * (2 * row + 1) // 4, width * (2 * column + 1) // 6] == grey
-        # 8 pixels become 64, so one becomes a square of 8, whatever is between the images.
-        assert (grid == grey).sum() == 64 * 64 - 8 * 8
-        lines, columns = np.nonzero(grid == grey + 1)
-        assert np.ptp(lines) == np.ptp(columns) == 7 and len(lines) == 64
-    # Large ones are as they are, and keep their colours.
-    colours = torch.zeros(2, 3, 100, 100, dtype=torch.uint8)
-    colours[1] = torch.tensor([200, 100, 50])[:, None, None]
-    grid = np.asarray(image_grid(colours, columns=2))
-    assert (grid == [200, 100, 50]).all(axis=-1).sum() == 100 * 100

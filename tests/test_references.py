@@ -1,7 +1,11 @@
 """Reference statistics: they stand in for the test images that they were taken from, and for nothing else."""
 
+import json
+
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from diffusers_cl.errors import CheckpointError
 from diffusers_cl.metrics import extend_floor, floor, frechet_distance, summarize
@@ -60,9 +64,37 @@ def test_damage_is_one_sentence(references, tmp_path):
         path.write_bytes(damaged)
         with pytest.raises(CheckpointError, match="cannot be read as reference statistics"):
             References.load(tmp_path)
-    references.mean[1] = torch.zeros(4, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"task-01.mean": torch.zeros(4).double()}, "do not fit each other"),
+        ({"task-00.covariance": torch.zeros(3, 4).double()}, "do not fit each other"),
+        ({"class.variance": torch.zeros(3, 2).double()}, "do not fit each other"),
+        ({"class.mean": torch.zeros(3).double()}, "reference statistics"),
+        ({"task-00.mean": torch.full((3,), float("nan")).double()}, "not finite"),
+        ({"class.variance": torch.zeros(3, 3, dtype=torch.int64)}, "not finite"),
+        ({"labels": {"cat": 1}}, "numbers from 1"),
+        ({"labels": [{"cat": 5, "dog": 10**12}, {"7": 6}]}, "numbers from 1"),
+        ({"labels": [{"cat": 5, "dog": True}, {"7": 6}]}, "numbers from 1"),
+        ({"predicted": [{"cat": -9}, None]}, "numbers from 1"),
+        ({"predicted": [None]}, "the classes of its tasks"),
+        ({"class_names": ["cat", "dog", "owl"]}, "the classes of its tasks"),
+        ({"labels": 3}, "reference statistics"),
+    ],
+    ids=str,
+)
+def test_what_nobody_measured_is_refused(references, tmp_path, change, message):
     references.save(tmp_path)
-    with pytest.raises(CheckpointError, match="do not fit each other"):
+    path = tmp_path / REFERENCES_NAME
+    with safe_open(path, "pt") as file:
+        content = json.loads(file.metadata()["references"])
+    tensors = load_file(path)
+    for key, value in change.items():
+        (tensors if isinstance(value, torch.Tensor) else content)[key] = value
+    save_file(tensors, path, {"references": json.dumps(content)})
+    with pytest.raises(CheckpointError, match=message):
         References.load(tmp_path)
 
 

@@ -101,7 +101,7 @@ def test_a_finished_run_is_left_alone(whole_run, files, tmp_path, capfd):
     assert "finished" in capfd.readouterr().out
     after = {path: path.read_bytes() for path in output_dir.rglob("*") if path.is_file()}
     changed = {path.name for path in before.keys() | after.keys() if before.get(path) != after.get(path)}
-    assert changed <= {"status.json"}
+    assert changed <= {"status.json", ".lock"}
 
 
 def test_resume_from_checkpoint_goes_back(whole_run, files, tmp_path):
@@ -168,4 +168,5 @@ def test_operational_keys_may_change_and_others_may_not(whole_run, files, tmp_pa
     changed = {"checkpointing_steps": 4, "checkpoints_total_limit": 1, "dataloader_num_workers": 1}
     assert run(arguments(files, output_dir, **changed)) == 0
     assert_equal_runs(output_dir, whole)
-    assert [path.name for path in output_dir.glob("checkpoint-*")] == ["checkpoint-10"]
+    # Two are kept, whatever the limit: the newest may turn out to be damaged.
+    assert {path.name for path in output_dir.glob("checkpoint-*")} == {"checkpoint-8", "checkpoint-10"}
