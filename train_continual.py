@@ -18,6 +18,13 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
+
+if __name__ == "__main__":
+    # Before the imports that take seconds: a launcher may die in them.
+    from diffusers_cl.signals import end_with_the_launcher
+
+    end_with_the_launcher()
+
 import datasets
 import diffusers
 import torch
@@ -64,10 +71,10 @@ from diffusers_cl.record import RunRecord
 from diffusers_cl.replay import replay_weights
 from diffusers_cl.replay_images import extend_memory, update_replay
 from diffusers_cl.report import write_report
-from diffusers_cl.resume import find_resume_point
+from diffusers_cl.resume import check_agreement, find_resume_point, go_back
 from diffusers_cl.sampling import image_grid, sample_images
 from diffusers_cl.shards import Shards
-from diffusers_cl.signals import Interrupted, StopSignals, end_with_the_launcher
+from diffusers_cl.signals import Interrupted, StopSignals
 from diffusers_cl.start import Start, check_start, copy_start, extend_stream, load_start, origin, take_over
 from diffusers_cl.starvation import PenaltyShare
 from diffusers_cl.task_repos import check_hub_access, task_repo_id
@@ -166,9 +173,13 @@ def main(config: TrainingConfig, start: Start | None, lock: OutputLock, stop: St
     if start is not None:
         take_over(start, unet, penalty, config, logger.warning)
 
-    # Handle the output folder
+    # Handle the output folder. What the numbers depend on beside the configuration is as it was, in a run that goes on.
+    inputs, changes = collect_inputs(data, class_ids, unet_config, accelerator), []
     if accelerator.is_main_process:
         prepare_output_dir(config, lock)
+        if not task_folder(output_dir, len(phases) - 1).exists():
+            changes = check_inputs(output_dir, inputs, config.allow_inexact)
+            write_json(output_dir / INPUTS_NAME, inputs)
         if start is not None:
             copy_start(start, output_dir, config.revision)
             logger.info(f"Going on from {start.model}, whose settings hold where nothing else is given:")
@@ -177,6 +188,9 @@ def main(config: TrainingConfig, start: Start | None, lock: OutputLock, stop: St
 
     # Potentially go on from a previous run: after its last finished task, or within a task from a checkpoint.
     resume = find_resume_point(output_dir, config.resume_from_checkpoint, len(phases), logger.warning)
+    check_agreement(resume, accelerator)
+    if config.resume_from_checkpoint is not None and accelerator.is_main_process:
+        go_back(output_dir, resume)
     rows, fisher, global_step, checkpoint = resume.rows, resume.fisher, resume.global_step, resume.checkpoint
     if rows and not (start is not None and resume.task == start.task + 1):
         previous = task_folder(output_dir, resume.task - 1)
@@ -188,14 +202,9 @@ def main(config: TrainingConfig, start: Start | None, lock: OutputLock, stop: St
     # Finished tasks are pushed while the next one trains.
     push = None
     if config.push_to_hub and accelerator.is_main_process:
-        push = BackgroundPush(
-            output_dir,
-            hub_model_id,
-            script=Path(__file__).parent / "scripts" / "push.py",
-            token=config.hub_token,
-            private=config.hub_private_repo,
-            revision=config.hub_revision,
-        )
+        script = Path(__file__).parent / "scripts" / "push.py"
+        options = {"token": config.hub_token, "private": config.hub_private_repo, "revision": config.hub_revision}
+        push = BackgroundPush(output_dir, hub_model_id, script=script, **options)
         push.start()
     if resume.task == len(phases):
         if accelerator.is_main_process:
@@ -204,12 +213,9 @@ def main(config: TrainingConfig, start: Start | None, lock: OutputLock, stop: St
         accelerator.print(f"{output_dir} is finished. The report is {output_dir / 'report.md'}")
         return
 
-    # What the numbers depend on beside the configuration is as it was.
-    inputs = collect_inputs(data, class_ids, unet_config, accelerator)
-    record = RunRecord(output_dir, accelerator, check_inputs(output_dir, inputs, config.allow_inexact))
+    record = RunRecord(output_dir, accelerator, changes)
     record.write()
     if accelerator.is_main_process:
-        write_json(output_dir / INPUTS_NAME, inputs)
         scalars = {
             key: value
             for key, value in asdict(config).items()
@@ -351,15 +357,8 @@ def main(config: TrainingConfig, start: Start | None, lock: OutputLock, stop: St
             parts = torch.zeros(4, device=device)
             for micro_step, (images, class_labels) in enumerate(train_dataloader, start=first_micro_step):
                 # Every draw below is a function of the seed and the step alone, so there is no state to save.
-                torch.manual_seed(
-                    derive_seed(
-                        config.seed,
-                        "train",
-                        task,
-                        *divmod(micro_step, config.gradient_accumulation_steps),
-                        accelerator.process_index,
-                    )
-                )
+                place = divmod(micro_step, config.gradient_accumulation_steps)
+                torch.manual_seed(derive_seed(config.seed, "train", task, *place, accelerator.process_index))
                 images, class_labels = images.to(device), class_labels.to(device)
                 num_new = len(images)
                 if replay:
@@ -598,6 +597,7 @@ def run(arguments: list[str] | None = None) -> int:
             if (start := load_start(config)) is not None:
                 config = parse_config(arguments, inherited=start.settings)
             main(config, start, lock, stop)
+            stop.ignore()
         except (Exception, KeyboardInterrupt) as error:
             stop.ignore()
             exit_code, message = explain(error, output_dir, stop.received)
@@ -615,5 +615,4 @@ def run(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    end_with_the_launcher()
     sys.exit(run())

@@ -194,7 +194,8 @@ class TrainingConfig:
     checkpoints_total_limit: int | None = None
     """Keep at most so many checkpoints, two at least."""
     resume_from_checkpoint: str | None = None
-    """A checkpoint folder to go back to; by default the newest valid one in `output_dir`."""
+    """A checkpoint folder to go back to: what was made after it is deleted. By default the newest valid one in
+    `output_dir`."""
     allow_inexact: bool = False
     """Go on with another number of processes or threads, device or versions than before; the numbers then differ, and
     `run.json` records it."""
@@ -202,7 +203,8 @@ class TrainingConfig:
     """Skip at most so many steps with a loss or gradient that is not finite, and note their images in `run.json`; then
     the run stops."""
     ddp_timeout: int = 1800
-    """Seconds that a process waits for the others before it takes them for lost."""
+    """Seconds that a process waits for the others before it takes them for lost; more than the main one needs alone, for
+    downloads, checking images and the feature classifier."""
     debug: bool = False
     """Print the traceback of faults that end with one sentence."""
     report_to: Literal["tensorboard", "wandb", "none"] = "tensorboard"

@@ -3,7 +3,7 @@
 import errno
 import re
 
-from .errors import NonFiniteError, RunError, StorageError
+from .errors import NonFiniteError, ProcessLostError, RunError, StorageError
 from .processes import as_lost_process, lost_processes
 from .signals import Interrupted
 
@@ -38,7 +38,10 @@ def explain(error: BaseException, output_dir: str | None, stopped: int | None = 
     expected = _expected(error, stopped)
     if expected is None:
         return UNEXPECTED, None
-    notes = [*getattr(error, "__notes__", [])[:1], *(lost_processes(output_dir) if output_dir else [])]
+    notes = getattr(error, "__notes__", [])[:1]
+    # A launcher that has lost one process ends the others with a signal.
+    if output_dir is not None and isinstance(expected, ProcessLostError | Interrupted):
+        notes = [*notes, *lost_processes(output_dir)]
     where = f" ({'; '.join(notes)})" if notes else ""
     if isinstance(expected, Interrupted):
         return expected.exit_code, f"interrupted{where}; the same command goes on from where it was"

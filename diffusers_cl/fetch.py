@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from .endpoint import CLIENT_ERRORS, REQUEST_TIMEOUT, clean_token, client_timeout, retry
 from .errors import CheckpointError, ConfigError, DataError, RunError, first_line
-from .files import MAX_JSON_BYTES, _allowed_places, read_json
+from .files import MAX_JSON_BYTES, allowed_places, read_json
 
 
 # All that is taken of a pipeline: no code, and no weights that would be unpickled.
@@ -134,7 +134,7 @@ def check_files(folder: Path, allowed: re.Pattern) -> None:
     Raises:
         CheckpointError: naming the file.
     """
-    places = _allowed_places(folder)
+    places = allowed_places(folder)
     for path in sorted([*folder.glob("*"), *folder.glob("*/*")]):
         if not allowed.fullmatch(path.relative_to(folder).as_posix()):
             continue

@@ -222,7 +222,7 @@ def check_fields(where: str | Path, content: dict, types: dict[str, type]) -> No
             raise CheckpointError(f"{where}: {key} is {content[key]!r:.80}; allowed: {allowed}")
 
 
-def _allowed_places(folder: Path) -> list[Path]:
+def allowed_places(folder: Path) -> list[Path]:
     """Where the files of a folder may lie: in it. A snapshot in the Hugging Face cache has links, to the cache's blobs."""
     folder = Path(os.path.realpath(folder))
     if folder.parent.name != "snapshots":
@@ -248,7 +248,7 @@ def _regular_file(folder: Path, name: str) -> Path:
     if not path.is_file():
         raise CheckpointError(f"{folder}: {name} is missing")
     place = Path(os.path.realpath(path))
-    if not any(place.is_relative_to(allowed) for allowed in _allowed_places(folder)):
+    if not any(place.is_relative_to(allowed) for allowed in allowed_places(folder)):
         raise CheckpointError(f"{folder}: {name} is a link to {place}, out of the folder")
     return path
 

@@ -1,5 +1,6 @@
 """New classes in a network and its penalty: their class embedding gains rows, and what is there stays as it is."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -80,10 +81,10 @@ def restore_penalty(penalty, folder: str | Path, model: torch.nn.Module) -> bool
         return False
     try:
         found = type(penalty).from_pretrained(folder)
+    except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
     except ValueError as error:
         raise ConfigError(f"penalty: {error}; allowed: that, or none") from error
-    except (OSError, SafetensorError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
     if (rank := getattr(penalty, "rank", None)) != getattr(found, "rank", None):
         raise ConfigError(f"fisher_rank is {rank}; allowed: {found.rank}, which {path} has")
     if penalty.automatic != found.automatic:

@@ -86,6 +86,7 @@ def check_inputs(output_dir: str | Path, inputs: dict, allow_inexact: bool) -> l
     ]
     if changes and not allow_inexact:
         listed = ", ".join(f"{change['key']} {change['before']} before, {change['now']} now" for change in changes)
+        listed += " (num_threads sets them)" * any(change["key"] == "threads" for change in changes)
         raise CheckpointError(
             f"the run in {output_dir} cannot go on exactly: {listed}. allow_inexact goes on all the same, and records it"
         )

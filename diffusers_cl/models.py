@@ -34,14 +34,14 @@ def load_unet_config(config: TrainingConfig, folder: Path | None = None) -> dict
     if folder is not None:
         try:
             unet_config = dict(UNet2DModel.load_config(folder, subfolder="unet"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{folder}/unet/config.json: {first_line(error)}") from error
     elif config.model_config_name_or_path is None:
         unet_config = dict(PAPER_UNET)
     else:
         try:
             unet_config = dict(UNet2DModel.load_config(config.model_config_name_or_path))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             raise ConfigError(
                 f"model_config_name_or_path: {config.model_config_name_or_path}: {first_line(error)}"
             ) from error

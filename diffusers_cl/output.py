@@ -22,6 +22,7 @@ from .processes import rank
 
 LOCK_NAME = ".lock"
 CONFIG_NAME = "config.yaml"
+STATUS_NAME = "status.json"
 # Of file systems that have no locks.
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
@@ -60,7 +61,9 @@ def check_output_dir(config: TrainingConfig, lock: "OutputLock") -> None:
     # A run of an older version lacks keys.
     found = asdict(TrainingConfig()) | found
     for key, value in asdict(config).items():
-        if not config.overwrite_output_dir and key not in OPERATIONAL_KEYS and found[key] != value:
+        # The number of threads that there are is compared, in inputs.json.
+        moves_numbers = key not in (*OPERATIONAL_KEYS, "num_threads")
+        if not config.overwrite_output_dir and moves_numbers and found[key] != value:
             raise ConfigError(
                 f"output_dir: {output_dir} holds a run with {key} = {found[key]!r}, this one has {value!r}."
                 " Give another output_dir, or overwrite_output_dir to start over"
@@ -134,6 +137,10 @@ def prepare_output_dir(config: TrainingConfig, lock: OutputLock) -> None:
     output_dir = Path(config.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     lock.acquire(output_dir)
+    # Another run may have been here since the first look.
+    check_output_dir(config, lock)
+    # It tells of the last run until this one ends, or is killed.
+    (output_dir / STATUS_NAME).unlink(missing_ok=True)
     if config.overwrite_output_dir:
         # By its configuration a folder is known as a run's, so it goes last.
         last = (CONFIG_NAME, LOCK_NAME)
@@ -150,14 +157,24 @@ def prepare_output_dir(config: TrainingConfig, lock: OutputLock) -> None:
 
 def _to_go_on(arguments: list[str]) -> list[str]:
     """A command line without what starts over or goes back, and without secrets."""
-    kept, is_value, left_out = [], False, (*SECRET_KEYS, "resume_from_checkpoint")
+    kept, is_value, left_out = [], False, (*SECRET_KEYS, "resume_from_checkpoint", "overwrite_output_dir")
     for argument in arguments:
         key, has_value, _ = argument.removeprefix("--").partition("=")
-        skipped = argument.startswith("--") and key in left_out
-        if not (is_value or skipped or argument.startswith("--overwrite_output_dir")):
+        is_key = argument.startswith("--")
+        skipped = is_key and key in left_out
+        # A switch may stand alone.
+        if not (skipped or (is_value and not is_key)):
             kept.append(argument)
         is_value = skipped and not has_value
     return kept
+
+
+def _launcher() -> str:
+    """What has started this process."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return "accelerate launch"
+    on_cpu = "ACCELERATE_USE_CPU=1 " * (os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true"))
+    return f"{on_cpu}torchrun --nproc_per_node {os.environ.get('LOCAL_WORLD_SIZE', 1)}"
 
 
 def write_status(output_dir: Path, exit_code: int, message: str) -> None:
@@ -166,6 +183,6 @@ def write_status(output_dir: Path, exit_code: int, message: str) -> None:
     room for it.
     """
     if (output_dir / CONFIG_NAME).exists() and rank() == 0:
-        command = f"accelerate launch {shlex.join(_to_go_on(sys.argv))}"
+        command = f"{_launcher()} {shlex.join(_to_go_on(sys.argv))}"
         with contextlib.suppress(OSError):
-            write_json(output_dir / "status.json", {"exit_code": exit_code, "message": message, "command": command})
+            write_json(output_dir / STATUS_NAME, {"exit_code": exit_code, "message": message, "command": command})

@@ -46,7 +46,7 @@ def _place_file(output_dir: str | Path, number: int) -> Path:
 
 def note_place(output_dir: str | Path, task: int, phase: str) -> None:
     """Writes down where this process stands, for the others: `logs/process-<rank>.json`."""
-    place = {"task": task, "phase": phase, "pid": os.getpid(), "host": socket.gethostname()}
+    place = {"task": task, "phase": phase, "pid": os.getpid(), "parent": os.getppid(), "host": socket.gethostname()}
     write_json(_place_file(output_dir, rank()), place)
 
 
@@ -60,18 +60,23 @@ def _state(pid: int) -> str | None:
 
 
 def lost_processes(output_dir: str | Path) -> list[str]:
-    """Returns a sentence for each process of this run on this machine that has ended or is stopped, and where it was."""
-    found = []
-    for number in range(int(os.environ.get("WORLD_SIZE", 1))):
+    """
+    Returns a sentence for each other process that this launcher has started on this machine, and that has ended or is
+    stopped; if there is none, one for each that has not, saying where it was last.
+    """
+    found, others = [], []
+    for number in set(range(int(os.environ.get("WORLD_SIZE", 1)))) - {rank()}:
         try:
             place = read_json(_place_file(output_dir, number))
-            state = _state(place["pid"]) if place["host"] == socket.gethostname() else None
+            if (place["host"], place["parent"]) != (socket.gethostname(), os.getppid()):
+                continue
+            state, where = _state(place["pid"]), f"in task {place['task']}, phase {place['phase']}"
         except (CheckpointError, KeyError, TypeError):
             # It had not begun a phase.
             continue
-        if state is not None:
-            found.append(f"rank {number} {state} in task {place['task']}, phase {place['phase']}")
-    return found
+        found += [f"rank {number} {state} {where}"] if state is not None else []
+        others.append(f"rank {number} was last seen {where}")
+    return found or others
 
 
 def as_lost_process(error: Exception) -> ProcessLostError | None:

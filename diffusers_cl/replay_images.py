@@ -7,8 +7,10 @@ from pathlib import Path
 import psutil
 import torch
 from accelerate import Accelerator
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from .classifier import weights_digest
 from .config import TrainingConfig
 from .errors import CheckpointError
 from .files import publish_folder, remove_folder, verify_folder
@@ -48,6 +50,7 @@ def replay_images_for_task(
     sample: Callable[[list[int], list[tuple]], torch.Tensor],
     accelerator: Accelerator,
     warn: Callable[[str], None],
+    teacher: str,
     none_kept: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
     """
@@ -63,6 +66,7 @@ def replay_images_for_task(
             the others as they were (generation over T tasks costs O(T) instead of O(T^2)).
         sample: maps class ids and noise keys to uint8 images, on every process; uses the newest teacher.
         accelerator (`accelerate.Accelerator`), warn: of the run; images go to the accelerator's device if they fit.
+        teacher (`str`): digest of its weights: what another has drawn is not used.
         none_kept (`bool`): the run goes on from a model and has generated nothing yet.
     """
     folder = output_dir / "replay" / f"task-{task:02d}"
@@ -71,10 +75,19 @@ def replay_images_for_task(
     if folder.exists():
         try:
             verify_folder(folder)
+            with safe_open(folder / IMAGES_NAME, framework="pt") as file:
+                drawn_by = (file.metadata() or {}).get("teacher")
+            if drawn_by != teacher:
+                raise CheckpointError(f"{folder} was drawn by another model than that of the task before")
+            if accelerator.is_main_process:
+                remove_folder(previous)
             return *load_replay_images(folder, accelerator.device), 0
         except CheckpointError as error:
             warn(f"Generating replay again: {error}")
     keep = refresh == "once" and task > 1 and not none_kept
+    if keep and not previous.exists():
+        warn(f"Generating all earlier classes: {previous} is gone, as after resume_from_checkpoint")
+        keep = False
     new_classes = classes_of_tasks[task - 1] if keep else [c for classes in classes_of_tasks[:task] for c in classes]
     labels = [c for c in new_classes for _ in range(images_per_class)]
     keys = [("replay", task, c, index) for c in new_classes for index in range(images_per_class)]
@@ -90,7 +103,10 @@ def replay_images_for_task(
     if accelerator.is_main_process:
         tensors = {"images": images, "class_labels": class_labels}
         num_bytes = sum(tensor.nbytes for tensor in tensors.values())
-        publish_folder(folder, lambda partial: save_file(tensors, partial / IMAGES_NAME), num_bytes=num_bytes)
+        metadata = {"teacher": teacher}
+        publish_folder(
+            folder, lambda partial: save_file(tensors, partial / IMAGES_NAME, metadata), num_bytes=num_bytes
+        )
     accelerator.wait_for_everyone()
     loaded = load_replay_images(folder, accelerator.device)
     if accelerator.is_main_process:
@@ -142,6 +158,7 @@ def update_replay(
             sample(teacher),
             accelerator,
             warn,
+            weights_digest(teacher),
             none_kept,
         )
     elif replay.source == "memory":

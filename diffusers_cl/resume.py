@@ -4,9 +4,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .checkpoint import newest_checkpoint, read_state
+import torch
+from accelerate import Accelerator
+
+from .checkpoint import list_checkpoints, newest_checkpoint, read_state
 from .errors import CheckpointError
-from .folders import finished_tasks
+from .files import remove_folder
+from .folders import finished_tasks, tasks_of_run
 
 
 @dataclass
@@ -55,3 +59,26 @@ def find_resume_point(
         (states[-1]["rows"], states[-1]["fisher"], states[-1]["global_step"]) if states else ([], [], 0)
     )
     return ResumePoint(task, step, rows, fisher, checkpoint)
+
+
+def check_agreement(resume: ResumePoint, accelerator: Accelerator) -> None:
+    """Raises `CheckpointError` unless all processes go on from the same place. Called by all of them."""
+    if accelerator.num_processes > 1:
+        step = resume.checkpoint[1]["step"] if resume.checkpoint is not None else -1
+        places = accelerator.gather(torch.tensor([[resume.task, step]], device=accelerator.device))
+        if len(places.unique(dim=0)) > 1:
+            raise CheckpointError(
+                "the processes see different tasks or checkpoints; output_dir must be a folder that all share"
+            )
+
+
+def go_back(output_dir: str | Path, resume: ResumePoint) -> None:
+    """Deletes what was made after the checkpoint that a run goes back to, the latest first: it is of another attempt."""
+    later = [path for path in tasks_of_run(output_dir) if int(path.name.removeprefix("task-")) >= resume.task]
+    replayed = tasks_of_run(Path(output_dir) / "replay")
+    later += [path for path in replayed if int(path.name.removeprefix("task-")) > resume.task]
+    for folder in sorted(later, key=lambda path: path.name, reverse=True):
+        remove_folder(folder)
+    for checkpoint in list_checkpoints(output_dir):
+        if int(checkpoint.name.removeprefix("checkpoint-")) > resume.checkpoint[1]["step"]:
+            remove_folder(checkpoint)

@@ -55,11 +55,17 @@ def test_another_process_is_lost(tmp_path, monkeypatch):
         note_place(tmp_path, 2, "fisher")
         place = json.loads((tmp_path / "logs" / f"process-{number}.json").read_text())
         (tmp_path / "logs" / f"process-{number}.json").write_text(json.dumps({**place, "pid": pid}))
-    # The third has not begun.
+    # The third has not begun, and this is the first.
+    monkeypatch.setenv("RANK", "0")
     assert lost_processes(tmp_path) == ["rank 1 has ended in task 2, phase fisher"]
     exit_code, message = explain(RuntimeError(GLOO), tmp_path)
     assert exit_code == ProcessLostError.exit_code == 1
     assert "another process is lost (Read error" in message and "rank 1 has ended in task 2, phase fisher" in message
+    # Of an older start nothing is said.
+    monkeypatch.setattr("os.getppid", lambda: -1)
+    assert lost_processes(tmp_path) == []
+    monkeypatch.undo()
+    monkeypatch.setenv("WORLD_SIZE", "3")
     # A signal came first: a launcher that ends all processes.
     assert explain(RuntimeError(GLOO), tmp_path, stopped=143)[0] == 143
 

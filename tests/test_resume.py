@@ -107,13 +107,14 @@ def test_a_finished_run_is_left_alone(whole_run, files, tmp_path, capfd):
 def test_resume_from_checkpoint_goes_back(whole_run, files, tmp_path):
     whole, output_dir = whole_run("plain"), tmp_path / "run"
     shutil.copytree(whole, output_dir)
-    shutil.rmtree(output_dir / "task-01")
+    (output_dir / "checkpoint-9" / "planted").write_text("of the attempt that is given up")
     steps = len(read_log(output_dir))
     checkpoint = output_dir / "checkpoint-3"
     assert run(arguments(files, output_dir, resume_from_checkpoint=checkpoint)) == 0
     # The rest of task 0, then all of task 1.
     assert [line["step"] for line in read_log(output_dir)[steps:]] == [4, 5, 6, 7, 8, 9, 10]
     assert_equal_runs(output_dir, whole)
+    assert not (output_dir / "checkpoint-9" / "planted").exists()
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over(whole_run, files, tmp_path, caplog):

@@ -220,9 +220,9 @@ def test_replay_refresh(tmp_path, refresh):
         asked.append(list(zip(labels, keys, strict=True)))
         return torch.full((len(labels), 1, 2, 2), next(levels), dtype=torch.uint8)
 
-    def replay(task):
+    def replay(task, teacher="first", warn=pytest.fail):
         images, labels, generated = replay_images_for_task(
-            tmp_path, task, [[4, 0], [2], [1]], 3, refresh, sample, accelerator, pytest.fail
+            tmp_path, task, [[4, 0], [2], [1]], 3, refresh, sample, accelerator, warn, teacher
         )
         assert labels.bincount().tolist() == [
             3 if c in [[4, 0], [2], [1]][0] + [2] * (task > 1) else 0 for c in range(5)
@@ -242,6 +242,10 @@ def test_replay_refresh(tmp_path, refresh):
     # Noise differs between tasks, classes and images.
     keys = [key for call in asked for _, key in call]
     assert len(set(keys)) == len(keys) and all(key[0] == "replay" for key in keys)
+    # What another model has drawn is not used; and what `once` keeps is gone with the task before.
+    warnings = []
+    assert replay(2, "second", warnings.append)[2] == 9
+    assert "another model" in warnings[0] and ("is gone" in warnings[-1]) == (refresh == "once")
 
 
 if __name__ == "__main__":

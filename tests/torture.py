@@ -39,7 +39,7 @@ PARTS = {
     "interrupted_sampling": ("torture_sampling", "interrupted_sampling", 100, {}),
     "kills_in_a_publication": ("torture_kills", "kill_points", 200, {}),
     "disk_full": ("torture_storage", "disk_full", 20, {}),
-    "hostile_files": ("torture_security", "hostile_files", 12, {}),
+    "hostile_files": ("torture_security", "hostile_files", 120, {}),
     # By itself: it is a measurement.
     "cost": ("torture_cost", "cost", 1, {}),
 }

@@ -12,7 +12,8 @@ from kill_harness import PHASES, KillServer, Survivors, environment_of, fingerpr
 from script_helpers import EVERYTHING, arguments, tiny_files
 
 
-VARIANTS = {"plain": {}, "everything": EVERYTHING}
+# Three batches of draws for a Fisher, so that a kill comes within one.
+VARIANTS = {"plain": {}, "everything": {**EVERYTHING, "fisher_samples": 24}}
 # Of a run that is killed so often that it would not end.
 MOST_ATTEMPTS = 60
 LONGEST_DELAY = 0.3
@@ -65,12 +66,13 @@ def kills(folder: Path, count: int = 200, seed: int = 0) -> dict:
             for attempt in range(MOST_ATTEMPTS):
                 enough = result["kills"] >= count or attempt == MOST_ATTEMPTS - 1
                 plan = {} if enough else _plan(draw, output_dir, references[variant]["seconds"], phases)
+                before = set(leftovers(output_dir))
                 status = server.run(command, **plan)[0]
                 if status != -signal.SIGKILL:
                     break
                 result["kills"] += 1
                 phases[server.phase()] += 1
-                result["in_a_save"] += bool(output_dir.exists() and leftovers(output_dir))
+                result["in_a_save"] += bool(set(leftovers(output_dir)) - before)
                 result["in_recovery"] += attempt > 0 and server.phase() == "start"
                 result["lost"] += survivors.lost()
             if status != 0:
