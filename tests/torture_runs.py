@@ -1,6 +1,7 @@
 """Runs of two tasks that are killed wherever it hurts and started again: nothing is lost, and they end in the same bits."""
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -36,7 +37,7 @@ def different(output_dir: Path, expected: dict[str, str]) -> list[str]:
 
 def _plan(draw: random.Random, output_dir: Path, seconds: dict[str, float], wanted: Counter) -> dict:
     """A place to kill at, in a part of the run that is still to come: in the rarest phase, in a save, or anywhere."""
-    kind = draw.choice(["phase", "phase", "save", "save", "seconds"])
+    kind = draw.choice(["phase"] * 3 + ["save"] * 3 + ["seconds"])
     if kind == "save":
         return {"save": draw.randint(1, 25), "delay": draw.choice([0.0, draw.uniform(0, 0.004)])}
     if kind == "seconds":
@@ -44,6 +45,11 @@ def _plan(draw: random.Random, output_dir: Path, seconds: dict[str, float], want
     task = 1 if (output_dir / "task-00").exists() else 0
     phase = min(PHASES[task == 0 :], key=lambda name: (wanted[name], draw.random()))
     return {"phase": phase, "task": task, "delay": draw.uniform(0, min(LONGEST_DELAY, seconds[phase]))}
+
+
+def _half_written(output_dir: Path) -> set[tuple[str, int]]:
+    """What is half written in a run's folder, each with the time at which it was last changed."""
+    return {(name, os.stat(name).st_ctime_ns) for name in leftovers(output_dir)}
 
 
 def kills(folder: Path, count: int = 200, seed: int = 0) -> dict:
@@ -66,13 +72,13 @@ def kills(folder: Path, count: int = 200, seed: int = 0) -> dict:
             for attempt in range(MOST_ATTEMPTS):
                 enough = result["kills"] >= count or attempt == MOST_ATTEMPTS - 1
                 plan = {} if enough else _plan(draw, output_dir, references[variant]["seconds"], phases)
-                before = set(leftovers(output_dir))
+                before = _half_written(output_dir)
                 status = server.run(command, **plan)[0]
                 if status != -signal.SIGKILL:
                     break
                 result["kills"] += 1
                 phases[server.phase()] += 1
-                result["in_a_save"] += bool(set(leftovers(output_dir)) - before)
+                result["in_a_save"] += bool(_half_written(output_dir) - before)
                 result["in_recovery"] += attempt > 0 and server.phase() == "start"
                 result["lost"] += survivors.lost()
             if status != 0:
