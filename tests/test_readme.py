@@ -165,3 +165,11 @@ def test_the_story_is_that_of_the_committed_run():
 
     for arguments in (("before", "after", 2), ("after", "after", 3), ("finetune", "finetune", 3)):
         assert cells(*arguments) in README
+
+
+def test_what_survives_is_what_torture_found():
+    found = json.loads((ROOT / "results" / "torture.json").read_text())
+    kills, cost = found["parts"]["kills"], found["parts"]["cost"]
+    assert found["passed"] and kills["lost"] == kills["failed"] == kills["different"] == []
+    assert f"{kills['kills']} kills with -9, {kills['in_a_save']} of them within a save" in README
+    assert f"Surviving costs {cost['percent']:.1f} % of the time" in README
