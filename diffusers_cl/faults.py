@@ -41,7 +41,7 @@ def explain(error: BaseException, output_dir: str | None, stopped: int | None = 
     notes = getattr(error, "__notes__", [])[:1]
     # A launcher that has lost one process ends the others with a signal.
     if output_dir is not None and isinstance(expected, ProcessLostError | Interrupted):
-        notes = [*notes, *lost_processes(output_dir)]
+        notes = [*notes, *lost_processes(output_dir, hanging=isinstance(expected, ProcessLostError))]
     where = f" ({'; '.join(notes)})" if notes else ""
     if isinstance(expected, Interrupted):
         return expected.exit_code, f"interrupted{where}; the same command goes on from where it was"

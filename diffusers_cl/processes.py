@@ -59,10 +59,10 @@ def _state(pid: int) -> str | None:
     return {psutil.STATUS_ZOMBIE: "has ended", psutil.STATUS_STOPPED: "is stopped"}.get(status)
 
 
-def lost_processes(output_dir: str | Path) -> list[str]:
+def lost_processes(output_dir: str | Path, hanging: bool) -> list[str]:
     """
     Returns a sentence for each other process that this launcher has started on this machine, and that has ended or is
-    stopped; if there is none, one for each that has not, saying where it was last.
+    stopped; if there is none and one is `hanging`, one for each that has not, saying where it was last.
     """
     found, others = [], []
     for number in set(range(int(os.environ.get("WORLD_SIZE", 1)))) - {rank()}:
@@ -76,7 +76,7 @@ def lost_processes(output_dir: str | Path) -> list[str]:
             continue
         found += [f"rank {number} {state} {where}"] if state is not None else []
         others.append(f"rank {number} was last seen {where}")
-    return found or others
+    return found or (others if hanging else [])
 
 
 def as_lost_process(error: Exception) -> ProcessLostError | None:

@@ -57,13 +57,18 @@ def test_another_process_is_lost(tmp_path, monkeypatch):
         (tmp_path / "logs" / f"process-{number}.json").write_text(json.dumps({**place, "pid": pid}))
     # The third has not begun, and this is the first.
     monkeypatch.setenv("RANK", "0")
-    assert lost_processes(tmp_path) == ["rank 1 has ended in task 2, phase fisher"]
+    assert lost_processes(tmp_path, hanging=True) == ["rank 1 has ended in task 2, phase fisher"]
+    # The first, asked about by the second, has not ended: it may hang.
+    monkeypatch.setenv("RANK", "1")
+    assert lost_processes(tmp_path, hanging=False) == []
+    assert lost_processes(tmp_path, hanging=True) == ["rank 0 was last seen in task 2, phase fisher"]
+    monkeypatch.setenv("RANK", "0")
     exit_code, message = explain(RuntimeError(GLOO), tmp_path)
     assert exit_code == ProcessLostError.exit_code == 1
     assert "another process is lost (Read error" in message and "rank 1 has ended in task 2, phase fisher" in message
     # Of an older start nothing is said.
     monkeypatch.setattr("os.getppid", lambda: -1)
-    assert lost_processes(tmp_path) == []
+    assert lost_processes(tmp_path, hanging=True) == []
     monkeypatch.undo()
     monkeypatch.setenv("WORLD_SIZE", "3")
     # A signal came first: a launcher that ends all processes.
