@@ -23,18 +23,18 @@ def test_kills(tmp_path):
 
 
 def test_killed_after_a_step_in_two_processes_with_workers(tmp_path):
-    assert every_step(tmp_path, 2, variant="everything", processes=2) == {"tried": 2, "problems": []}
+    assert every_step(tmp_path, 1, variant="everything", processes=2) == {"tried": 1, "problems": []}
 
 
 def test_told_to_end(tmp_path):
-    result = sigterms(tmp_path, 3)
+    result = sigterms(tmp_path, 2)
     assert result["problems"] == [] and result["steps_lost"] == 0
-    assert result["exit_143"] == result["signals"] == 3
+    assert result["exit_143"] == result["signals"] == 2
 
 
 def test_not_finite(tmp_path):
-    result = injections(tmp_path, 4)
-    assert result["problems"] == [] and result["stopped"] == result["tried"] == 4
+    result = injections(tmp_path, 3)
+    assert result["problems"] == [] and result["stopped"] == result["tried"] == 3
 
 
 def test_a_process_of_two_is_killed(tmp_path):

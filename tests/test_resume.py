@@ -67,21 +67,6 @@ def start_until(files, command: list[str], checkpoint: Path):
     return process
 
 
-def test_killed_twice(whole_run, files, tmp_path):
-    """Two real SIGKILLs, each within the writing or the steps that follow a checkpoint, then the same command."""
-    whole, output_dir = whole_run("plain"), tmp_path / "run"
-    command = arguments(files, output_dir)
-    for checkpoint in ("checkpoint-2", "checkpoint-7"):
-        process = start_until(files, command, output_dir / checkpoint)
-        process.kill()
-        _, errors = process.communicate()
-        assert process.returncode == -9, errors[-2000:]
-        assert not (output_dir / "task-01").exists()
-    assert run(command) == 0
-    assert_equal_runs(output_dir, whole)
-    assert json.loads((output_dir / "status.json").read_text())["exit_code"] == 0
-
-
 def test_interrupted_by_hand(files, tmp_path):
     output_dir = tmp_path / "run"
     process = start_until(files, arguments(files, output_dir, max_train_steps=2000), output_dir / "checkpoint-1")

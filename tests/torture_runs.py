@@ -106,7 +106,7 @@ def every_step(folder: Path, count: int = 10, seed: int = 0, variant: str = "pla
     result = {"tried": 0, "problems": []}
     with KillServer(environment_of(files), folder / "steps.log") as server:
         expected = reference(server, folder, files, VARIANTS[variant], processes)["fingerprints"]
-        for step in sorted({round((i + 1) * 10 / count) for i in range(count)}):
+        for step in sorted({round((i + 0.5) * 10 / count + 0.5) for i in range(count)}):
             output_dir = folder / f"step-{step}"
             command = arguments(files, output_dir, **VARIANTS[variant])
             killed = server.run(command, processes, rename=f"checkpoint-{step}")
