@@ -40,7 +40,6 @@ from tqdm.auto import tqdm
 from diffusers_cl import __version__
 from diffusers_cl.arguments import parse_config
 from diffusers_cl.checkpoint import check_finite, load_checkpoint, save_checkpoint
-from diffusers_cl.classifier import weights_digest
 from diffusers_cl.config import NUM_TRAIN_TIMESTEPS, OPERATIONAL_KEYS, SECRET_KEYS, TrainingConfig
 from diffusers_cl.data import load_splits
 from diffusers_cl.draws import FisherBatches
@@ -73,7 +72,7 @@ from diffusers_cl.replay_images import extend_memory, update_replay
 from diffusers_cl.report import write_report
 from diffusers_cl.resume import check_agreement, find_resume_point, go_back
 from diffusers_cl.sampling import image_grid, sample_images
-from diffusers_cl.shards import Shards
+from diffusers_cl.shards import Shards, tensors_digest
 from diffusers_cl.signals import Interrupted, StopSignals
 from diffusers_cl.start import Start, check_start, copy_start, extend_stream, load_start, origin, take_over
 from diffusers_cl.starvation import PenaltyShare
@@ -398,7 +397,7 @@ def main(config: TrainingConfig, start: Start | None, lock: OutputLock, stop: St
                     if accelerator.sync_gradients:
                         # Without a limit this only measures the norm.
                         grad_norm = accelerator.clip_grad_norm_(unet.parameters(), config.max_grad_norm or math.inf)
-                        signalled = parts.new_tensor([stop.received is not None])
+                        signalled = parts.new_full((1,), float(stop.received is not None))
                         parts = torch.cat([parts / config.gradient_accumulation_steps, signalled])
                         parts = accelerator.reduce(parts, reduction="mean")
                         # The one wait for the device in a step, before the weights change.
@@ -455,8 +454,10 @@ def main(config: TrainingConfig, start: Start | None, lock: OutputLock, stop: St
 
                     task_ends = global_step - step_before_task == max_train_steps
                     if task_ends or stopping or global_step % config.checkpointing_steps == 0:
-                        check_finite(unet, optimizer, ema_model)
-                        if accelerator.is_main_process:
+                        if not accelerator.is_main_process:
+                            # As the main process does before it saves: all stop together.
+                            check_finite(unet, optimizer, ema_model)
+                        else:
                             state = {
                                 "task": task,
                                 "lr_scheduler": lr_scheduler.state_dict(),
@@ -494,7 +495,7 @@ def main(config: TrainingConfig, start: Start | None, lock: OutputLock, stop: St
                     accelerator.process_index,
                     accelerator.num_processes,
                 )
-                own_inputs = {**inputs, "weights": weights_digest(unet), "rank": rank()}
+                own_inputs = {**inputs, "weights": tensors_digest(unet.state_dict()), "rank": rank()}
                 penalty.consolidate(
                     unet,
                     lambda model, batch: denoising_losses(model, *batch),

@@ -12,9 +12,10 @@ from typing import Literal, get_args, get_origin
 import yaml
 from jsonargparse import ArgumentParser, set_loader, set_parsing_settings
 
-from .config import SECRET_KEYS, TrainingConfig, validate
+from .config import SECRET_KEYS, TrainingConfig
 from .errors import ConfigError
 from .plain_yaml import dump_yaml, load_yaml, read_settings
+from .validation import validate
 
 
 TYPES = {field.name: field.type for field in dataclasses.fields(TrainingConfig)}

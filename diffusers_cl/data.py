@@ -10,7 +10,7 @@ import torch
 
 from .config import TrainingConfig
 from .errors import DataError, first_line
-from .images import image_bytes, open_image, to_uint8_array
+from .images import UnreadableImageError, image_bytes, open_image, reading, to_uint8_array
 from .labels import check_class_lists, check_folders, row_labels
 from .randomness import derive_seed, permutation
 
@@ -66,10 +66,10 @@ class ImageSplit:
         """Returns whether the first image that can be read has a single channel."""
         for entry in self.dataset[self.image_column]:
             try:
-                with open_image(image_bytes(entry)) as image:
+                with reading(), open_image(image_bytes(entry)) as image:
                     return image.mode in ("1", "L", "LA") or image.mode.startswith("I")
-            # Pillow's readers raise whatever they stumble over, also IndexError, struct.error and zlib.error.
-            except Exception:
+            except UnreadableImageError:
+                # The scan of all images names it.
                 continue
         raise DataError(f"no image of split {self.name!r} can be read")
 
@@ -85,10 +85,10 @@ class ImageSplit:
             positions, self.dataset[[int(p) for p in positions]][self.image_column], strict=True
         ):
             try:
-                with open_image(image_bytes(entry)) as image:
+                with reading(), open_image(image_bytes(entry)) as image:
                     images.append(to_uint8_array(image, self.channels, self.resolution, self.resize_mode))
-            except Exception as error:
-                raise DataError(f"{self.describe(position, entry)} cannot be read: {first_line(error)}") from error
+            except UnreadableImageError as error:
+                raise DataError(f"{self.describe(position, entry)} cannot be read: {error}") from error
         return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
 
     def describe(self, position: int, entry: dict | None) -> str:

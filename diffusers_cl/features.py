@@ -3,9 +3,7 @@
 import contextlib
 import hashlib
 import json
-import os
 import pickle
-import tempfile
 import urllib.error
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,8 +26,9 @@ from .classifier import (
 )
 from .config import TrainingConfig
 from .data import ImageSplit
-from .errors import CheckpointError, DataError, RunError, StorageError, first_line
+from .errors import CheckpointError, DataError, RunError, first_line
 from .fetch import CLASSIFIER_FILES, model_folder
+from .files import replacing
 from .inception import published_weights, tensors_alone
 from .shards import load_tensors, save_tensors
 
@@ -179,14 +178,8 @@ def _classifier(config: TrainingConfig, train: ImageSplit, class_names: list[str
         classifier.load_state_dict(saved)
         return classifier
     classifier = train_classifier(train, rows, device, quiet).cpu()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        # Other runs may save theirs at this moment.
-        with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as own:
-            save_tensors(Path(own) / file.name, classifier.state_dict(), recipe)
-            os.replace(Path(own) / file.name, file)
-    except OSError as error:
-        raise StorageError(f"cache_dir: cannot write {file}: {error.strerror or error}") from error
+    with replacing(file) as own:
+        save_tensors(own, classifier.state_dict(), recipe)
     return classifier
 
 

@@ -5,13 +5,15 @@ A folder is written under a temporary name and synced, `manifest.json` with the 
 rename publishes it. What a kill leaves has a name that begins with a dot; [`recover`] puts it right.
 """
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
 import shutil
+import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
 from safetensors import SafetensorError
@@ -235,14 +237,8 @@ def allowed_places(folder: Path) -> list[Path]:
 def _regular_file(folder: Path, name: str) -> Path:
     """A file of a folder, by the name that its manifest has."""
     pure = PurePosixPath(name)
-    if (
-        not pure.parts
-        or pure.is_absolute()
-        or ".." in pure.parts
-        or "\\" in name
-        or not name.isprintable()
-        or pure.as_posix() != name
-    ):
+    is_inside = bool(pure.parts) and not pure.is_absolute() and ".." not in pure.parts
+    if not is_inside or "\\" in name or not name.isprintable() or pure.as_posix() != name:
         raise CheckpointError(f"{folder}: {name!r:.80} in its manifest is not the name of a file in the folder")
     path = folder / name
     if not path.is_file():
@@ -286,6 +282,24 @@ def verify_folder(path: str | Path, manifest_folder: str = ".", allow_others: bo
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     return sums
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """
+    Yields the path of a file to write, which takes the place of `path` when the `with` block ends; for a folder where other
+    runs may do the same at this moment.
+
+    Raises:
+        StorageError: when the disk refuses.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".saving-", dir=path.parent) as own:
+            yield Path(own) / path.name
+            os.replace(Path(own) / path.name, path)
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {_reason(error)}") from error
 
 
 def write_text(path: str | Path, content: str) -> None:

@@ -1,20 +1,40 @@
 """From an encoded image to the pixels that the model sees; it knows no dataset and no configuration."""
 
+import contextlib
 import io
 import os
 import re
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 from torchvision.transforms import functional as transforms
 
+from .errors import first_line
+
 
 # What is read, whatever a file's name says. EPS is a program, which Pillow would give to Ghostscript.
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 # More than an image of PIL.Image.MAX_IMAGE_PIXELS takes.
 MAX_FILE_BYTES = 2**30
+
+
+class UnreadableImageError(ValueError):
+    """An image cannot be used; the message says why."""
+
+
+@contextlib.contextmanager
+def reading() -> Iterator[None]:
+    """
+    Turns whatever Pillow's readers stumble over in the `with` block, also `IndexError`, `struct.error` and `zlib.error`, into
+    an `UnreadableImageError`.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise UnreadableImageError(getattr(error, "strerror", None) or first_line(error)) from error
 
 
 def image_bytes(entry: dict | None) -> bytes:

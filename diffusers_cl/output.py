@@ -139,7 +139,7 @@ def prepare_output_dir(config: TrainingConfig, lock: OutputLock) -> None:
     lock.acquire(output_dir)
     # Another run may have been here since the first look.
     check_output_dir(config, lock)
-    # It tells of the last run until this one ends, or is killed.
+    # How the last run ended: it would stand there after a kill of this one.
     (output_dir / STATUS_NAME).unlink(missing_ok=True)
     if config.overwrite_output_dir:
         # By its configuration a folder is known as a run's, so it goes last.

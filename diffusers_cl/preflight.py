@@ -1,10 +1,8 @@
 """Every image that a run will read is read once before it trains: what cannot be used is listed, what is changed counted."""
 
-import contextlib
 import hashlib
 import json
 import os
-import uuid
 import warnings
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
@@ -17,9 +15,11 @@ from tqdm.auto import tqdm
 
 from . import __version__
 from .data import ImageSplit
-from .errors import DataError, StorageError, first_line
-from .images import conversions, image_bytes, open_image, to_uint8_array
+from .errors import CheckpointError, DataError
+from .files import read_json, replacing
+from .images import UnreadableImageError, conversions, image_bytes, open_image, reading, to_uint8_array
 from .labels import image_paths
+from .processes import num_cores
 
 
 # Images that a thread takes at once.
@@ -31,27 +31,25 @@ NUM_NAMED = 2
 
 def _check(entry: dict | None, split: ImageSplit) -> tuple[str, list[str], str | None]:
     """The sha256 of an encoded image, what is changed of it, and why it cannot be used."""
-    digest, changed = "", []
+    digest = ""
     try:
-        content = image_bytes(entry)
-        digest = hashlib.sha256(content).hexdigest()
-        with open_image(content) as image:
-            changed, kind = conversions(image, split.channels), image.format
-            to_uint8_array(image, split.channels, split.resolution, split.resize_mode)
-        if kind == "PNG":
-            # It has checksums, which Pillow leaves aside when it decodes.
-            open_image(content).verify()
-    # Pillow's readers raise whatever they stumble over, also IndexError, struct.error and zlib.error.
-    except Exception as error:
-        return digest, [], getattr(error, "strerror", None) or first_line(error)
-    return digest, changed, None
+        with reading():
+            content = image_bytes(entry)
+            digest = hashlib.sha256(content).hexdigest()
+            with open_image(content) as image:
+                found, kind = conversions(image, split.channels), image.format
+                to_uint8_array(image, split.channels, split.resolution, split.resize_mode)
+            if kind == "PNG":
+                # It has checksums, which Pillow leaves aside when it decodes.
+                open_image(content).verify()
+    except UnreadableImageError as error:
+        return digest, [], str(error)
+    return digest, found, None
 
 
 def _results(split: ImageSplit, positions: np.ndarray, progress: tqdm):
     """Yields position, entry and [`_check`] of every row, in order, with few chunks in memory at a time."""
-    num_threads = min(
-        MAX_THREADS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    )
+    num_threads = min(MAX_THREADS, num_cores())
     with ThreadPoolExecutor(num_threads) as pool:
         waiting = deque()
         chunks = np.split(positions, range(CHUNK, len(positions), CHUNK))
@@ -92,23 +90,10 @@ def _key(parts: list[tuple[ImageSplit, np.ndarray]]) -> str | None:
 def _read(path: Path) -> dict | None:
     """What a former scan found, if that is there and whole."""
     try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
+        found = read_json(path)
+    except CheckpointError:
         return None
-    return found if isinstance(found, dict) and found.keys() == {"fingerprint", "images", "converted"} else None
-
-
-def _write(path: Path, content: str) -> None:
-    """Replaces a file in one step, also when several runs do so at once."""
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(content, encoding="utf-8", errors="backslashreplace")
-        partial.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise StorageError(f"cannot write {path}: {error.strerror}") from error
+    return found if found.keys() == {"fingerprint", "images", "converted"} else None
 
 
 def scan(
@@ -158,7 +143,8 @@ def scan(
         listed = ""
         if len(bad) > NUM_NAMED:
             file = folder / f"bad-images-{fingerprint.hexdigest()[:16]}.txt"
-            _write(file, "\n".join(bad) + "\n")
+            with replacing(file) as own:
+                own.write_text("\n".join(bad) + "\n", encoding="utf-8", errors="backslashreplace")
             listed = f"; all of them are listed in {file}"
         message = f"{len(bad)} of {num_images} images cannot be used{listed}"
         raise DataError("\n".join([message, *bad[:NUM_NAMED]]))
@@ -168,5 +154,6 @@ def scan(
         "converted": dict(sorted(converted.items())),
     }
     if key is not None:
-        _write(cached, json.dumps(found))
+        with replacing(cached) as own:
+            own.write_text(json.dumps(found))
     return found

@@ -33,11 +33,15 @@ def refuse_sharded_parameters() -> None:
             )
 
 
+def num_cores() -> int:
+    """Returns how many CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def set_num_threads(config: TrainingConfig) -> None:
     """Sets the CPU threads of this process, before the first tensor operation: `accelerate launch` sets one."""
     num_local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    torch.set_num_threads(config.num_threads or max(1, num_cores // num_local_processes))
+    torch.set_num_threads(config.num_threads or max(1, num_cores() // num_local_processes))
 
 
 def _place_file(output_dir: str | Path, number: int) -> Path:

@@ -1,7 +1,6 @@
 """The pushes of a run: what is missing, one after the other, and in the background of its training."""
 
 import fcntl
-import json
 import os
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from .endpoint import CLIENT_ERRORS, EndpointError, fault, open_api, retry
 from .errors import CheckpointError, ConfigError, PushPendingError, RunError
-from .files import MANIFEST_NAME, file_sha256, write_json
+from .files import MANIFEST_NAME, file_sha256, read_json, write_json
 from .folders import CONSOLIDATION, read_start, task_folder
 from .task_repos import full_model_id, push_task_folder, task_repo_id
 
@@ -41,10 +40,10 @@ def read_record(output_dir: str | Path) -> dict:
     """
     path = Path(output_dir) / RECORD_NAME
     try:
-        record = json.loads(path.read_text()) if path.exists() else {}
+        record = read_json(path) if path.exists() else {}
         tasks = {name: dict(entry) for name, entry in record.get("tasks", {}).items()}
         return {"tasks": tasks, "collection": record.get("collection")}
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+    except (CheckpointError, ValueError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); without it, the Hub is asked what it has") from error
 
 

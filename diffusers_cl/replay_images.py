@@ -10,12 +10,12 @@ from accelerate import Accelerator
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from .classifier import weights_digest
 from .config import TrainingConfig
 from .errors import CheckpointError
 from .files import publish_folder, remove_folder, verify_folder
 from .folders import CONSOLIDATION, MEMORY_NAME, task_folder
 from .randomness import permutation
+from .shards import tensors_digest
 from .tasks import TaskImages
 
 
@@ -158,7 +158,7 @@ def update_replay(
             sample(teacher),
             accelerator,
             warn,
-            weights_digest(teacher),
+            tensors_digest(teacher.state_dict()),
             none_kept,
         )
     elif replay.source == "memory":

@@ -12,8 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .errors import StorageError
-from .files import sync_path, write_json
+from .errors import CheckpointError, StorageError
+from .files import read_json, sync_path, write_json
 
 
 INPUTS_NAME = "inputs.json"
@@ -91,8 +91,8 @@ class Shards:
 
     def _same_inputs(self) -> bool:
         try:
-            return json.loads((self.folder / INPUTS_NAME).read_text()) == self.inputs
-        except (OSError, ValueError, RecursionError):
+            return read_json(self.folder / INPUTS_NAME) == self.inputs
+        except CheckpointError:
             return False
 
     def _part(self, name: str) -> tuple[Path, list]:

@@ -15,10 +15,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from diffusers_cl.adopt import OWN_SAMPLES_PER_CLASS, adopt
-from diffusers_cl.config import NUM_TRAIN_TIMESTEPS, TrainingConfig, validate
+from diffusers_cl.config import NUM_TRAIN_TIMESTEPS, TrainingConfig
 from diffusers_cl.errors import ConfigError, RunError
 from diffusers_cl.sampling import choose_device
 from diffusers_cl.source import Source, open_source
+from diffusers_cl.validation import validate
 
 
 # Torch's own, at the first forward-mode product.

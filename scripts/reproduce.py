@@ -31,6 +31,7 @@ from diffusers_cl.config import OPERATIONAL_KEYS, TrainingConfig
 from diffusers_cl.errors import RunError
 from diffusers_cl.files import write_json, write_text
 from diffusers_cl.plots import format_number
+from diffusers_cl.processes import num_cores
 from diffusers_cl.report import headline_metric, read_json
 from diffusers_cl.results import (
     DATA_KEYS,
@@ -128,8 +129,7 @@ def plan(args: argparse.Namespace, extra: list[str]) -> list[Job]:
             sizes[data] = sizes.get(data) or data_sizes(config)
             arguments += scaled_arguments(config, args.scale, sizes[data], args.runs_dir)
         if args.jobs > 1 and config.num_threads is None:
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-            arguments += ["--num_threads", str(max(1, cores // args.jobs))]
+            arguments += ["--num_threads", str(max(1, num_cores() // args.jobs))]
         base[method] = [*arguments, "--report_to", "none"]
     for order in [None] if args.class_orders is None else range(args.class_orders):
         for seed in dict.fromkeys(args.seeds):

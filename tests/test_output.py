@@ -1,5 +1,6 @@
 """The output folder belongs to one run at a time, and says who has it."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import pytest
 
 from diffusers_cl.config import TrainingConfig
 from diffusers_cl.errors import ConfigError, FolderInUseError
-from diffusers_cl.output import OutputLock, check_output_dir, prepare_output_dir
+from diffusers_cl.output import OutputLock, check_output_dir, prepare_output_dir, write_status
 
 
 def test_a_second_run_is_told_who_has_the_folder(tmp_path):
@@ -105,3 +106,36 @@ def test_a_folder_with_only_a_foreign_lock_is_still_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with OutputLock() as lock, pytest.raises(ConfigError, match="not a run's"):
         check_output_dir(TrainingConfig(output_dir=str(tmp_path)), lock)
+
+
+def status_command(tmp_path, monkeypatch, *arguments: str, **environment: str) -> str:
+    """The command that status.json of a run with these arguments says."""
+    monkeypatch.setattr(sys, "argv", ["train_continual.py", *arguments])
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "config.yaml").write_text("")
+    write_status(tmp_path, 143, "interrupted")
+    return json.loads((tmp_path / "status.json").read_text())["command"]
+
+
+@pytest.mark.parametrize(
+    "way", [["--overwrite_output_dir", "true"], ["--overwrite_output_dir"], ["--hub_token", "hf_x"]]
+)
+def test_the_command_to_go_on_neither_starts_over_nor_tells_secrets(tmp_path, monkeypatch, way):
+    found = status_command(tmp_path, monkeypatch, *way, "--resume_from_checkpoint=x", "--seed", "1")
+    assert found == "accelerate launch train_continual.py --seed 1"
+
+
+def test_the_command_to_go_on_has_as_many_processes(tmp_path, monkeypatch):
+    launched = {"TORCHELASTIC_RUN_ID": "1", "LOCAL_WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "1"}
+    found = status_command(tmp_path, monkeypatch, "--seed", "1", **launched)
+    assert found == "ACCELERATE_USE_CPU=1 torchrun --nproc_per_node 2 train_continual.py --seed 1"
+
+
+def test_a_killed_run_does_not_keep_the_status_of_the_one_before(tmp_path):
+    config = TrainingConfig(output_dir=str(tmp_path))
+    with OutputLock() as lock:
+        prepare_output_dir(config, lock)
+        write_status(tmp_path, 130, "interrupted")
+        prepare_output_dir(config, lock)
+        assert not (tmp_path / "status.json").exists()

@@ -139,3 +139,11 @@ with StopSignals():
         time.sleep(0.01)
     time.sleep(0.05)
     assert (float((tmp_path / "ended").read_text()) - killed < 0.8) == launched
+
+
+def test_the_script_watches_its_launcher_before_it_imports_anything_heavy():
+    source = (ROOT / "train_continual.py").read_text()
+    watching, *imports = (
+        source.index(line) for line in ("    end_with_the_launcher()\n", "import torch\n", "import datasets\n")
+    )
+    assert watching < min(imports)
