@@ -107,6 +107,7 @@ def main(config: TrainingConfig, start: Start | None, lock: OutputLock, stop: St
     accelerator = Accelerator(
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         mixed_precision=config.mixed_precision,
+        dynamo_backend=config.dynamo_backend,
         log_with=None if config.report_to == "none" else config.report_to,
         project_config=ProjectConfiguration(project_dir=output_dir, logging_dir=output_dir / config.logging_dir),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=config.ddp_timeout))],
@@ -165,6 +166,8 @@ def main(config: TrainingConfig, start: Start | None, lock: OutputLock, stop: St
     # Initialize the model and the noise scheduler
     min_rows = unet_config["num_class_embeds"] if start else 0
     unet = create_unet(unet_config, train_split.channels, class_ids, config, min_rows).to(device)
+    if config.channels_last:
+        unet = unet.to(memory_format=torch.channels_last)
     noise_scheduler = DDIMScheduler(num_train_timesteps=NUM_TRAIN_TIMESTEPS, prediction_type=config.prediction_type)
     if start is not None:
         noise_scheduler = DDIMScheduler.from_pretrained(start.folder, subfolder="scheduler")
@@ -266,7 +269,8 @@ def main(config: TrainingConfig, start: Start | None, lock: OutputLock, stop: St
         w_new, w_old = replay_weights(config.replay_weighting, task if replay else 0, config.distillation_weight)
 
         # Length of the task, in optimizer steps
-        task_rows = train_split.select(train_split.rows_of(phases[task]))
+        # Decoded once, and kept where they fit.
+        task_rows = train_split.select(train_split.rows_of(phases[task])).load(device)
         batches_per_epoch = math.ceil(len(task_rows.labels) / (config.train_batch_size * accelerator.num_processes))
         max_train_steps = math.ceil(batches_per_epoch * config.num_train_epochs / config.gradient_accumulation_steps)
         if config.max_train_steps is not None:
@@ -330,7 +334,7 @@ def main(config: TrainingConfig, start: Start | None, lock: OutputLock, stop: St
             TaskImages(task_rows, class_ids, (config.seed, "flip", task) if config.random_flip else None),
             batch_sampler=batches,
             collate_fn=keep_batch,
-            num_workers=config.dataloader_num_workers,
+            num_workers=config.dataloader_num_workers if task_rows.images is None else 0,
         )
 
         logger.info(f"***** Running training, task {task} of {len(phases)}: {', '.join(phases[task][:20])} *****")
@@ -476,7 +480,7 @@ def main(config: TrainingConfig, start: Start | None, lock: OutputLock, stop: St
         if ema_model is not None:
             ema_model.copy_to(unet.parameters())
         # Fisher, teacher, evaluation and publishing all see the network without the mixed-precision wrapper.
-        unet = accelerator.unwrap_model(model, keep_fp32_wrapper=False).eval()
+        unet = accelerator.unwrap_model(model, keep_fp32_wrapper=False, keep_torch_compile=False).eval()
         del model, prepared_optimizer, optimizer, lr_scheduler, ema_model
         accelerator.free_memory()
 
@@ -488,7 +492,7 @@ def main(config: TrainingConfig, start: Start | None, lock: OutputLock, stop: St
                     noise_scheduler,
                     config.fisher_samples,
                     tuple(config.fisher_timesteps),
-                    config.train_batch_size,
+                    config.fisher_batch_size,
                     config.seed,
                     task,
                     device,

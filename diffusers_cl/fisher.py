@@ -154,7 +154,7 @@ def gradient_trace(
     with estimating(model):
         for batch in batches_to_do(progress, first_draws(batches, num_samples), "trace", {"sums": sums}):
             for gradients in _gradient_chunks(model, losses, batch, chunk_size):
-                sums[0] += sum(gradient.double().square().sum() for gradient in gradients.values())
+                sums[0] += sum(g.square_().sum(dtype=torch.float64) for g in gradients.values())
             sums[1] += len(batch[0])
     total, count = reduce(sums)
     return finite(total / count, "the Fisher's trace").item(), int(count)
@@ -230,7 +230,7 @@ def diagonal_fisher(
     Squares of batch-mean gradients would be something else (0.37 of the trace at batches of 8).
 
     Returns:
-        `dict[str, torch.Tensor]` by parameter name, float32 (summed in float64), and the number of draws.
+        `dict[str, torch.Tensor]` by parameter name, float32 (chunks are summed in float64), and the number of draws.
 
     Raises:
         ValueError: when there are no draws.
@@ -242,7 +242,8 @@ def diagonal_fisher(
         for batch in batches_to_do(progress, batches, "diagonal", {**total, "count": count}):
             for gradients in _gradient_chunks(model, losses, batch, chunk_size):
                 for name, gradient in gradients.items():
-                    total[f"sum.{name}"] += gradient.square().sum(dim=0, dtype=torch.float64)
+                    # In place, and in float32 within a chunk: each pass over so many numbers costs as much as a gradient.
+                    total[f"sum.{name}"] += gradient.square_().sum(dim=0)
             count += len(batch[0])
     diagonal, num_samples = _means(parameters, total, count, reduce, "the Fisher's diagonal")
     return {name: finite(tensor.float(), "the Fisher's diagonal") for name, tensor in diagonal.items()}, num_samples
