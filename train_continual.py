@@ -165,9 +165,9 @@ def main(config: TrainingConfig, start: Start | None, lock: OutputLock, stop: St
 
     # Initialize the model and the noise scheduler
     min_rows = unet_config["num_class_embeds"] if start else 0
-    unet = create_unet(unet_config, train_split.channels, class_ids, config, min_rows).to(device)
-    if config.channels_last:
-        unet = unet.to(memory_format=torch.channels_last)
+    memory_format = torch.channels_last if config.channels_last else torch.preserve_format
+    unet = create_unet(unet_config, train_split.channels, class_ids, config, min_rows)
+    unet = unet.to(device, memory_format=memory_format)
     noise_scheduler = DDIMScheduler(num_train_timesteps=NUM_TRAIN_TIMESTEPS, prediction_type=config.prediction_type)
     if start is not None:
         noise_scheduler = DDIMScheduler.from_pretrained(start.folder, subfolder="scheduler")
@@ -218,11 +218,8 @@ def main(config: TrainingConfig, start: Start | None, lock: OutputLock, stop: St
     record = RunRecord(output_dir, accelerator, changes)
     record.write()
     if accelerator.is_main_process:
-        scalars = {
-            key: value
-            for key, value in asdict(config).items()
-            if key not in SECRET_KEYS and isinstance(value, (int, float, str, bool))
-        }
+        public = {key: value for key, value in asdict(config).items() if key not in SECRET_KEYS}
+        scalars = {key: value for key, value in public.items() if isinstance(value, (int, float, str, bool))}
         accelerator.init_trackers("train_continual", config=scalars)
         train_log = open(output_dir / "logs" / "train_log.jsonl", "a", buffering=1)  # noqa: SIM115 (closed at the end)
 
@@ -379,11 +376,9 @@ def main(config: TrainingConfig, start: Start | None, lock: OutputLock, stop: St
 
                 target = training_target(noise_scheduler, clean_images, noise, timesteps)
                 if replay:
-                    old = slice(num_new, None)
+                    old_rows = (part[num_new:] for part in (noisy_images, timesteps, class_labels, target))
                     with accelerator.autocast():
-                        replayed_target = replay.target(
-                            noisy_images[old], timesteps[old], class_labels[old], target[old]
-                        )
+                        replayed_target = replay.target(*old_rows)
                     target = torch.cat([target[:num_new], replayed_target.to(target.dtype)])
 
                 with accelerator.accumulate(model):
@@ -451,12 +446,13 @@ def main(config: TrainingConfig, start: Start | None, lock: OutputLock, stop: St
                         logs["ema_decay"] = ema_model.cur_decay_value
                     parts = torch.zeros(4, device=device)
                     progress_bar.set_postfix(loss=f"{values[0]:.4f}", lr=lr, refresh=False)
-                    if finite:
-                        accelerator.log(logs, step=global_step)
-                        if accelerator.is_main_process:
-                            train_log.write(json.dumps({"step": global_step, "task": task, **logs}) + "\n")
-
                     task_ends = global_step - step_before_task == max_train_steps
+                    # A tracker takes milliseconds.
+                    if finite and (task_ends or global_step % config.logging_steps == 0):
+                        accelerator.log(logs, step=global_step)
+                    if finite and accelerator.is_main_process:
+                        train_log.write(json.dumps({"step": global_step, "task": task, **logs}) + "\n")
+
                     if task_ends or stopping or global_step % config.checkpointing_steps == 0:
                         if not accelerator.is_main_process:
                             # As the main process does before it saves: all stop together.

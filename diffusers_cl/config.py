@@ -13,6 +13,7 @@ OPERATIONAL_KEYS = (
     "checkpointing_steps",
     "checkpoints_total_limit",
     "report_to",
+    "logging_steps",
     "logging_dir",
     "cache_dir",
     "dataloader_num_workers",
@@ -204,6 +205,8 @@ class TrainingConfig:
     """Print the traceback of faults that end with one sentence."""
     report_to: Literal["tensorboard", "wandb", "none"] = "tensorboard"
     """Where to send losses and images while training."""
+    logging_steps: int = 10
+    """Send losses there every so many optimizer steps; `logs/train_log.jsonl` has every one."""
     logging_dir: str = "logs"
     """Folder for the trackers' files, inside `output_dir`."""
     license: str = "apache-2.0"
