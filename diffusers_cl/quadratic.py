@@ -97,20 +97,20 @@ class Rank1Quadratic(torch.autograd.Function):
 class DiagonalQuadratic(torch.autograd.Function):
     """
     `1/2 sum_j weight_j (theta_j - anchor_j)^2`; `apply` takes the weights and the anchors, a list of tensors each in the
-    parameters' order, and the parameters. Its gradient is computed with the value, and is all that is kept.
+    parameters' order, and the parameters.
     """
 
     @staticmethod
     def forward(ctx, weights: list[torch.Tensor], anchors: list[torch.Tensor], *parameters):
+        ctx.weights, ctx.anchors = weights, anchors
+        ctx.save_for_backward(*parameters)
         total = torch.zeros((), dtype=torch.float64, device=parameters[0].device)
-        ctx.gradients = []
         for weight, anchor, parameter in zip(weights, anchors, parameters, strict=True):
             distance = parameter - anchor
-            gradient = weight * distance
-            total += (gradient * distance).sum()
-            ctx.gradients.append(gradient)
+            total += (weight * distance).mul_(distance).sum()
         return (0.5 * total).float()
 
     @staticmethod
     def backward(ctx, grad_output):
-        return None, None, *torch._foreach_mul(ctx.gradients, grad_output)
+        rows = zip(ctx.weights, ctx.anchors, ctx.saved_tensors, strict=True)
+        return None, None, *[(p - anchor).mul_(weight).mul_(grad_output) for weight, anchor, p in rows]
