@@ -138,11 +138,10 @@ class Rank1EWC(_Penalty):
         self._joined: Rank1Terms | None = None
 
     def _terms(self, parameters: dict[str, torch.nn.Parameter]) -> Rank1Terms:
-        """All tasks' quadratics, joined anew when one has come or they were moved."""
+        """All tasks' quadratics, in the parameters' order; joined anew when one has come or they were moved."""
         directions, values = self.tensors["direction"], (self.strengths(), self.statistics["offset"])
         if self._joined is None or not self._joined.are_of(directions, *values):
             self._joined = None
-            # In the parameters' order.
             self.tensors["direction"] = {name: directions.pop(name) for name in parameters}
             self._joined = Rank1Terms(self.tensors["direction"], values[0], list(values[1]))
         return self._joined
@@ -169,9 +168,9 @@ class Rank1EWC(_Penalty):
         Takes the decoupled step: the exact minimiser of `|theta' - theta|^2 / 2 + lr * penalty(theta')`, solved in float64.
 
         `theta <- theta - V^T (I + lr L V V^T)^-1 lr L (V theta - b)`, L the diagonal of [`strengths`]. Not the paper's
-        method: with Adam, a stiff penalty in the loss fills the second moments of every parameter and starves the new
-        task. For a large lr this is the projection onto the weights that move no anchor (related: OGD, arXiv
-        1910.07104). `lr` is the schedule's. A step that is not finite is a `FloatingPointError`, and changes no weight.
+        method: with Adam, a stiff penalty in the loss fills the second moments of every parameter and starves the new task. For
+        a large lr this is the projection onto the weights that move no anchor (related: OGD, arXiv 1910.07104). `lr` is the
+        schedule's. A step that is not finite is a `FloatingPointError`, and changes no weight.
         """
         parameters = self._parameters(model)
         if self.num_tasks == 0:
