@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from benchmarks import estimates, steps
 from benchmarks.script import script_steps
+from benchmarks.timing import threads
 
 from diffusers_cl.errors import ConfigError
 from diffusers_cl.files import write_json
@@ -46,8 +47,9 @@ def parts_on_cpu(device: torch.device, args: argparse.Namespace) -> dict[str, Ca
             *(estimates.arithmetic(name, 4, device, 9) for name in ("paper",)),
             *(estimates.arithmetic(name, 128, device, 9) for name in ("digits",)),
         ],
+        # As configs/digits.yaml has it: images so small keep one thread busy.
         "penalties": lambda: [
-            *steps.penalties("digits", rows["digits"], rows["digits"], TASKS, device, 9),
+            *steps.penalties("digits", rows["digits"], rows["digits"], TASKS, device, 15, num_threads=1),
             *steps.penalties("paper", 4, rows["paper"], (MANY_TASKS,), device, 5),
         ],
         "memory": lambda: estimates.memory("digits", MANY_TASKS, device),
@@ -55,7 +57,7 @@ def parts_on_cpu(device: torch.device, args: argparse.Namespace) -> dict[str, Ca
             estimates.sampling("digits", 512, 256, 10, device, 5),
             estimates.sampling("paper", 4, 4, 5, device, 5),
         ],
-        "script": lambda: script_steps(args.preset, args.data, device, args.threads, 40),
+        "script": lambda: script_steps(args.preset, args.data, device, 60),
         "options": lambda: [
             *steps.precisions("digits", rows["digits"], device, 7, compiled=True),
             *steps.precisions("paper", 4, device, 5, compiled=False),
@@ -76,7 +78,7 @@ def parts_on_gpu(device: torch.device, args: argparse.Namespace) -> dict[str, Ca
         "penalties": lambda: steps.penalties("paper", rows, rows, TASKS, device, 9),
         "memory": lambda: estimates.memory("paper", MANY_TASKS, device),
         "sampling": lambda: [estimates.sampling("paper", 2000, 500, 10, device, 5)],
-        "script": lambda: script_steps(args.preset, args.data, device, args.threads, 60),
+        "script": lambda: script_steps(args.preset, args.data, device, 60),
         "options": lambda: steps.precisions("paper", rows, device, 9, compiled=True),
     }
 
@@ -102,23 +104,26 @@ def whole_run(run: Path, epochs: int) -> dict:
     return {"what": "whole run, minutes", "minutes": expected / 60, **about, "device": record["device"]}
 
 
-def table(content: dict) -> str:
-    """Returns the lines as Markdown."""
-    text = [
-        "| what | network | ratio | least to largest | target | reached |",
-        "| --- | --- | --- | --- | --- | --- |",
+def table(on_cpu: dict, on_gpu: dict | None = None) -> str:
+    """Returns the lines of one or two files as Markdown; a line is known by what and which network it measures."""
+    others = {(line["what"], line["network"]): line for line in (on_gpu or {"lines": []})["lines"]}
+    lines = {(line["what"], line["network"]): line for line in on_cpu["lines"]}
+    heads = [
+        f"{on_cpu['threads']} CPU cores, median (least to largest)",
+        "target",
+        on_gpu["device"] if on_gpu else "one GPU",
+        "target",
     ]
-    for line in content["lines"]:
-        reached = {None: "", True: "yes", False: "**no**"}[line["reached"]]
-        values = [format_number(line[key]) for key in ("ratio", "least", "largest")]
-        cells = [
-            line["what"],
-            line["network"],
-            values[0],
-            f"{values[1]} to {values[2]}",
-            line["target"] or "",
-            reached,
-        ]
+    text = [f"| what | network | {' | '.join(heads)} |", "| --- |" + " --- |" * 5]
+    for key in {**lines, **others}:
+        cells = list(key)
+        for line in (lines.get(key), others.get(key)):
+            if line is None:
+                cells += ["", ""]
+                continue
+            ratio, least, largest = (format_number(line[name]) for name in ("ratio", "least", "largest"))
+            word = {None: "", True: "", False: ": **not reached**"}[line["reached"]]
+            cells += [f"{ratio} ({least} to {largest})", f"{line['target'] or ''}{word}"]
         text.append(f"| {' | '.join(cells)} |")
     return "\n".join(text)
 
@@ -136,25 +141,27 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--epochs", type=int, default=200, help="a task, for --run")
     parser.add_argument("--output", type=Path, help="a JSON file; default results/benchmark-<device>.json")
+    parser.add_argument(
+        "--table", type=Path, nargs="+", help="print the table of one or two files, and measure nothing"
+    )
     args = parser.parse_args(argv)
+    if args.run is not None or args.table is not None:
+        print(whole_run(args.run, args.epochs) if args.table is None else table(*map(read_json, args.table)))
+        return 0
     try:
         device = choose_device(args.device or "cpu")
     except ConfigError as error:
         parser.error(str(error))
-    torch.set_num_threads(args.threads)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     content = {
         "device": name,
-        "threads": torch.get_num_threads(),
+        "threads": args.threads,
         "host": f"{platform.machine()} {platform.system()}, {num_cores()} cores",
         "versions": versions(),
         "commit": checkout_commit(),
         "minutes": {},
         "lines": [],
     }
-    if args.run is not None:
-        print(whole_run(args.run, args.epochs))
-        return 0
     parts = (parts_on_gpu if device.type == "cuda" else parts_on_cpu)(device, args)
     if unknown := set(args.only or []) - set(parts):
         parser.error(f"--only {' '.join(sorted(unknown))}; allowed: {', '.join(parts)}")
@@ -162,7 +169,8 @@ def main(argv: list[str] | None = None) -> int:
     for part in args.only or parts:
         start = time.perf_counter()
         print(f"Measuring: {part}", file=sys.stderr, flush=True)
-        content["lines"] += [{"part": part, **line} for line in parts[part]()]
+        with threads(args.threads):
+            content["lines"] += [{"part": part, **line} for line in parts[part]()]
         content["minutes"][part] = (time.perf_counter() - start) / 60
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         content["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else peak

@@ -74,7 +74,7 @@ def test_memory_in_vectors():
 
 
 def test_the_scripts_own_step_is_measured(tmp_path):
-    lines = script.script_steps("digits", None, CPU, 1, num_steps=script.WARMUP + 4)
+    lines = script.script_steps("digits", None, CPU, num_steps=script.WARMUP + 4)
     by_name = {line["what"]: line for line in lines}
     # Of each task those after the warm-up, without the last, which saves a checkpoint... after it.
     assert {line["repetitions"] for line in lines[:5]} == {4}
@@ -106,7 +106,17 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     content = json.loads(output.read_text())
     assert content["device"] == "cpu" and content["versions"]["torch"] == torch.__version__
     assert content["lines"] == [{"part": "one", **lines[0]}] and content["threads"] == torch.get_num_threads()
-    assert "| this | net | 1.50 | 1.00 to 2.00 | <= 1.4 | **no** |" in capsys.readouterr().out
+    line = "| this | net | 1.50 (1.00 to 2.00) | <= 1.4: **not reached** |"
+    assert f"{line}  |  |" in capsys.readouterr().out
+    # The other machine's column.
+    other = tmp_path / "other.json"
+    more = [timing.ratio_row("this", "net", [1.0], "<= 1.4"), timing.ratio_row("that", "net", [3.0])]
+    other.write_text(json.dumps({"device": "a GPU", "lines": more}))
+    assert benchmark.main(["--table", str(output), str(other)]) == 0
+    shown = capsys.readouterr().out
+    assert (
+        f"{line} 1.00 (1.00 to 1.00) | <= 1.4 |" in shown and "| that | net |  |  | 3.00 (3.00 to 3.00) |  |" in shown
+    )
     with pytest.raises(SystemExit):
         benchmark.main(["--only", "three", *threads])
     assert "allowed: one, two" in capsys.readouterr().err

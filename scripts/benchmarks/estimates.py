@@ -56,7 +56,7 @@ def rank1(name: str, num_draws: int, batch_size: int, device, repetitions: int, 
             "... against an epoch's forward and backward passes", name, times, "rank1", "forward and backward", "<= 2"
         ),
         row("... with trace and curvature, against without", name, times, "with diagnostics", "rank1"),
-        row("... a pass of the loop, against a batched one", name, times, "loop", "forward and backward"),
+        row("... at most, if all but the mean gradient cost nothing", name, times, "loop", "forward and backward"),
         row("... forward and backward passes, against forward ones", name, times, "forward and backward", "forward"),
     ]
 
@@ -133,4 +133,4 @@ def arithmetic(name: str, num_rows: int, device, repetitions: int) -> dict:
     rates = {key: [work[key] / value / 1e9 for value in values] for key, values in times.items()}
     ratios = [a / b for a, b in zip(rates["forward"], rates["product"], strict=True)]
     about = {key: sorted(values)[len(values) // 2] for key, values in rates.items()}
-    return ratio_row("rate of a forward pass, against a large matrix product's", name, ratios, **{"GFLOP/s": about})
+    return ratio_row("GFLOP/s of a forward pass, against a large matrix product's", name, ratios, **{"GFLOP/s": about})

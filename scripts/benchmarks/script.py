@@ -110,10 +110,11 @@ def other_steps(unet: UNet2DModel, num_new: int, use_ema: bool, device: torch.de
     }
 
 
-def script_steps(preset: str, data: str | None, device: torch.device, threads: int, num_steps: int) -> list[dict]:
+def script_steps(preset: str, data: str | None, device: torch.device, num_steps: int) -> list[dict]:
     """
     Returns the lines of the script's step: two tasks of a preset, the first without replay, the second with distillation, with
-    all that a step of the script does (tracker, log, gradient norm, EMA), but without checkpoints.
+    all that a step of the script does (tracker, log, gradient norm, EMA), but without checkpoints. With the threads of the
+    preset.
     """
     sys.path.insert(0, str(ROOT))
     import train_continual
@@ -124,7 +125,7 @@ def script_steps(preset: str, data: str | None, device: torch.device, threads: i
             *("--config", str(ROOT / "configs" / f"{preset}.yaml"), "--output_dir", folder),
             *([] if data is None else ["--dataset_name", data]),
             *("--classes_per_task", "null", "--tasks", "[[0, 1], [2, 3]]", "--penalty", "none"),
-            *("--max_train_steps", str(num_steps), "--num_threads", str(threads), "--checkpointing_steps", "1000000"),
+            *("--max_train_steps", str(num_steps), "--checkpointing_steps", "1000000"),
             *(
                 "--replay_images_per_class",
                 "32",
@@ -136,6 +137,7 @@ def script_steps(preset: str, data: str | None, device: torch.device, threads: i
             *("--eval_num_inference_steps", "2", "--eval_images_per_class", "10"),
         ]
         config = parse_config(arguments)
+        torch.set_num_threads(config.num_threads or torch.get_num_threads())
         train, _ = load_splits(config)
         class_ids = {name: index for index, name in enumerate(train.names)}
         unet = train_continual.create_unet(

@@ -8,7 +8,7 @@ from diffusers_cl import DiagonalEWC, Rank1EWC
 
 from .baselines import FlatPenalty
 from .networks import NETWORKS, batches, losses, network
-from .timing import in_turns, row, seconds
+from .timing import in_turns, row, seconds, threads
 
 
 LEARNING_RATE = 1e-4
@@ -31,7 +31,7 @@ def random_penalty(kind, model: torch.nn.Module, num_tasks: int):
 
 
 def penalties(
-    name: str, num_rows: int, rows_of_a_step: int, tasks: tuple[int, ...], device, repetitions
+    name: str, num_rows: int, rows_of_a_step: int, tasks: tuple[int, ...], device, repetitions: int, num_threads=None
 ) -> list[dict]:
     """
     Returns the lines of penalties: a step with one, of `rows_of_a_step` rows, against the same step without.
@@ -52,7 +52,7 @@ def penalties(
     def in_the_loss(penalty) -> None:
         penalty(model).backward()
 
-    lines, times_of_passes = [], rows_of_a_step / num_rows
+    lines = []
     for num_tasks in tasks:
         rank1, diagonal = (random_penalty(kind, model, num_tasks) for kind in (Rank1EWC, DiagonalEWC))
         flat = FlatPenalty(model, num_tasks)
@@ -66,13 +66,21 @@ def penalties(
             "flat vectors, in the loss": lambda penalty=flat: in_the_loss(penalty),
             "update": update,
         }
-        times = in_turns(functions, device, repetitions)
-        steps = [times_of_passes * a + b for a, b in zip(times["passes"], times["update"], strict=True)]
-        for kind in list(functions)[1:-1]:
-            measured = {"step": steps, "with": [a + b for a, b in zip(steps, times[kind], strict=True)]}
-            target = "<= 1.03" if kind.startswith("rank-1") else None
-            about = {"tasks": num_tasks, "rows of a step": rows_of_a_step, "rows measured": num_rows}
-            lines.append(row(f"step with {kind}, {num_tasks} tasks", name, measured, "with", "step", target, **about))
+        with threads(num_threads or torch.get_num_threads()):
+            lines += _lines(name, functions, device, repetitions, num_tasks, num_rows, rows_of_a_step)
+    return lines
+
+
+def _lines(name, functions, device, repetitions, num_tasks, num_rows, rows_of_a_step) -> list[dict]:
+    times, share = in_turns(functions, device, repetitions), rows_of_a_step / num_rows
+    steps = [share * a + b for a, b in zip(times["passes"], times["update"], strict=True)]
+    about = {"tasks": num_tasks, "rows of a step": rows_of_a_step, "rows measured": num_rows}
+    lines = []
+    for kind in list(functions)[1:-1]:
+        measured = {"step": steps, "with": [a + b for a, b in zip(steps, times[kind], strict=True)]}
+        target = "<= 1.03" if kind.startswith("rank-1") else None
+        what = f"step with {kind}, {num_tasks} task{'s' * (num_tasks > 1)}"
+        lines.append(row(what, name, measured, "with", "step", target, **about))
     return lines
 
 

@@ -1,5 +1,6 @@
 """Ratios of times: everything that is compared is measured in one run, in turns, because machines are shared and noisy."""
 
+import contextlib
 import statistics
 import time
 from collections.abc import Callable
@@ -11,6 +12,17 @@ def synchronize(device: torch.device) -> None:
     """Waits for a GPU; the CPU needs no waiting."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+@contextlib.contextmanager
+def threads(number: int):
+    """So many CPU threads, and afterwards as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def seconds(function: Callable[[], object], device: torch.device) -> float:
@@ -70,4 +82,5 @@ def ratio_row(what: str, network: str, ratios: list[float], target: str | None =
         sign, limit = target.split()
         reached = median <= float(limit) if sign == "<=" else median >= float(limit)
     spread = {"ratio": median, "least": min(ratios), "largest": max(ratios), "repetitions": len(ratios)}
-    return {"what": what, "network": network, **spread, "target": target, "reached": reached, **details}
+    about = {"what": what, "network": network, "threads": torch.get_num_threads()}
+    return {**about, **spread, "target": target, "reached": reached, **details}
