@@ -4,9 +4,9 @@ What one more class costs against training the joint model from scratch: a curve
     python scripts/experiments/new_class.py --preset digits --output results/new_class/digits.json
     python scripts/experiments/new_class.py --preset mnist_small --data ../mnist --output results/new_class/mnist_small.json
 
-For every seed a joint model learns all ten classes, another one the first nine, and from the task folder of that the tenth is
-learned in so many steps, by every method; all through train_continual.py, with the preset's settings but for what a row
-names. Seconds are those of generating and of training (on a CPU, CPU seconds), without starting and measuring. What is done already is skipped.
+For every seed a joint model learns all ten classes; the preset's stream learns the first nine, and from its last task folder the
+tenth is learned in so many steps, by every method; all through train_continual.py, with the preset's settings but for what a
+row names. Seconds are those of generating and of training (on a CPU, CPU seconds), without starting and measuring. What is done already is skipped.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 
 from diffusers_cl.files import write_json
 from diffusers_cl.folders import task_folder
+from diffusers_cl.plain_yaml import load_yaml
 from diffusers_cl.report import headline_metric, read_json
 from diffusers_cl.results import ROOT, portable_name
 
@@ -56,19 +57,21 @@ def run(folder: Path, *arguments: str | Path) -> dict:
     return {**found, "clock": clock, "seconds": seconds, "images": images, **about}
 
 
-def of_seed(seed: int, base: list[str], runs_dir: Path) -> list[dict]:
+def of_seed(seed: int, preset: str, dataset_name: str, runs_dir: Path) -> list[dict]:
     """Returns the rows of one seed: the joint model, the first nine classes, and every method and number of steps."""
-    base = [*base, "--seed", str(seed), "--classes_per_task", "null"]
+    own = ["--dataset_name", dataset_name, "--report_to", "none", "--seed", str(seed)]
+    base = ["--config", f"configs/{preset}.yaml", *own, "--classes_per_task", "null"]
     folder = runs_dir / f"seed{seed}"
     folder.mkdir(parents=True, exist_ok=True)
-    joint = [*base, "--config", "configs/methods/joint.yaml"]
-    rows = [{"method": "joint", **run(folder / "joint", *joint, "--tasks", str(TASKS))}]
-    rows.append({"method": "first nine", **run(folder / "nine", *joint, "--tasks", str(TASKS[:-1]))})
-    start = task_folder((folder / "nine").resolve(), 0)
+    joint = [*base, "--config", "configs/methods/joint.yaml", "--tasks", str(TASKS)]
+    rows = [{"method": "joint", **run(folder / "joint", *joint)}]
+    rows.append({"method": "first nine", **run(folder / "nine", *base, "--tasks", str(TASKS[:-1]))})
+    start = task_folder((folder / "nine").resolve(), len(TASKS) - 2)
+    # Settings come from there; the threads are a machine's own.
+    going_on = ["--pretrained_model_name_or_path", start, *own, "--num_threads", str(rows[-1]["threads"])]
     for (method, settings), steps in itertools.product(METHODS.items(), STEPS):
-        going_on = ["--pretrained_model_name_or_path", start, "--stream", "sequential", "--tasks", str(TASKS[-1:])]
-        settings = [*base, *going_on, *settings, "--max_train_steps", str(steps)]
-        rows.append({"method": method, "steps": steps, **run(folder / f"{method}-{steps}", *settings)})
+        arguments = [*going_on, *settings, "--tasks", str(TASKS[-1:]), "--max_train_steps", str(steps)]
+        rows.append({"method": method, "steps": steps, **run(folder / f"{method}-{steps}", *arguments)})
     return [{"seed": seed, **row} for row in rows]
 
 
@@ -132,15 +135,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True, help="a JSON file to write")
     parser.add_argument("--plot", type=Path, help="a PNG file to write")
     args = parser.parse_args(argv)
-    data = [] if args.data is None else ["--dataset_name", str(Path(args.data).resolve())]
-    base = ["--config", f"configs/{args.preset}.yaml", *data, "--report_to", "none"]
+    preset = load_yaml((ROOT / "configs" / f"{args.preset}.yaml").read_text())
+    dataset_name = preset["dataset_name"] if args.data is None else str(Path(args.data).resolve())
     command = (
         f"python scripts/experiments/new_class.py --preset {args.preset} --seeds {' '.join(map(str, args.seeds))}"
     )
     content = {"made_by": command + (f" --data {portable_name(args.data)}" if args.data else "")}
     content |= {"preset": args.preset, "tasks": TASKS, "tolerance": TOLERANCE, "rows": []}
     for seed in args.seeds:
-        content["rows"] += of_seed(seed, base, args.runs_dir / args.preset)
+        content["rows"] += of_seed(seed, args.preset, dataset_name, args.runs_dir / args.preset)
         content["summary"] = summarize(content["rows"])
         write_json(args.output, content)
         if args.plot is not None:
