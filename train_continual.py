@@ -35,6 +35,7 @@ from diffusers import DDIMScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import is_wandb_available
+from torch.nn.utils import get_total_norm
 from tqdm.auto import tqdm
 
 from diffusers_cl import __version__
@@ -165,9 +166,8 @@ def main(config: TrainingConfig, start: Start | None, lock: OutputLock, stop: St
 
     # Initialize the model and the noise scheduler
     min_rows = unet_config["num_class_embeds"] if start else 0
-    memory_format = torch.channels_last if config.channels_last else torch.preserve_format
-    unet = create_unet(unet_config, train_split.channels, class_ids, config, min_rows)
-    unet = unet.to(device, memory_format=memory_format)
+    layout = torch.channels_last if config.channels_last else torch.preserve_format
+    unet = create_unet(unet_config, train_split.channels, class_ids, config, min_rows).to(device, memory_format=layout)
     noise_scheduler = DDIMScheduler(num_train_timesteps=NUM_TRAIN_TIMESTEPS, prediction_type=config.prediction_type)
     if start is not None:
         noise_scheduler = DDIMScheduler.from_pretrained(start.folder, subfolder="scheduler")
@@ -246,6 +246,7 @@ def main(config: TrainingConfig, start: Start | None, lock: OutputLock, stop: St
         # The model of the previous task is the teacher, and generates what is replayed.
         memory = None
         if replay is not None and task > 0:
+            replay_sampling = config.replay_num_inference_steps, config.replay_batch_size
             with record.phase("replay"):
                 memory, num_generated = update_replay(
                     replay,
@@ -254,9 +255,7 @@ def main(config: TrainingConfig, start: Start | None, lock: OutputLock, stop: St
                     tasks,
                     class_ids,
                     unet,
-                    lambda teacher: sampler(
-                        teacher, "replay", config.replay_num_inference_steps, config.replay_batch_size
-                    ),
+                    lambda teacher: sampler(teacher, "replay", *replay_sampling),
                     config,
                     accelerator,
                     logger.warning,
@@ -265,8 +264,7 @@ def main(config: TrainingConfig, start: Start | None, lock: OutputLock, stop: St
                 record.content["images"]["generated"] += num_generated
         w_new, w_old = replay_weights(config.replay_weighting, task if replay else 0, config.distillation_weight)
 
-        # Length of the task, in optimizer steps
-        # Decoded once, and kept where they fit.
+        # The task's images, decoded once and kept where they fit; its length, in optimizer steps
         task_rows = train_split.select(train_split.rows_of(phases[task])).load(device)
         batches_per_epoch = math.ceil(len(task_rows.labels) / (config.train_batch_size * accelerator.num_processes))
         max_train_steps = math.ceil(batches_per_epoch * config.num_train_epochs / config.gradient_accumulation_steps)
@@ -338,10 +336,8 @@ def main(config: TrainingConfig, start: Start | None, lock: OutputLock, stop: St
         logger.info(f"  Num examples = {len(task_rows.labels)}")
         logger.info(f"  Num replayed examples = {len(replay) if replay else 0}")
         logger.info(f"  Instantaneous batch size per device = {config.train_batch_size} (replay doubles it)")
-        logger.info(
-            "  Total train batch size (w. parallel, distributed & accumulation) ="
-            f" {config.train_batch_size * accelerator.num_processes * config.gradient_accumulation_steps}"
-        )
+        total_batch_size = config.train_batch_size * accelerator.num_processes * config.gradient_accumulation_steps
+        logger.info(f"  Total train batch size (w. parallel, distributed & accumulation) = {total_batch_size}")
         logger.info(f"  Gradient Accumulation steps = {config.gradient_accumulation_steps}")
         logger.info(f"  Optimization steps of this task = {max_train_steps}")
 
@@ -394,8 +390,11 @@ def main(config: TrainingConfig, start: Start | None, lock: OutputLock, stop: St
                     parts += torch.stack([loss, loss_new, loss_old, penalty_value]).detach()
 
                     if accelerator.sync_gradients:
-                        # Without a limit this only measures the norm.
-                        grad_norm = accelerator.clip_grad_norm_(unet.parameters(), config.max_grad_norm or math.inf)
+                        if config.max_grad_norm is not None:
+                            grad_norm = accelerator.clip_grad_norm_(unet.parameters(), config.max_grad_norm)
+                        else:
+                            accelerator.unscale_gradients()
+                            grad_norm = get_total_norm([p.grad for p in unet.parameters() if p.grad is not None])
                         signalled = parts.new_full((1,), float(stop.received is not None))
                         parts = torch.cat([parts / config.gradient_accumulation_steps, signalled])
                         parts = accelerator.reduce(parts, reduction="mean")

@@ -104,8 +104,11 @@ def whole_run(run: Path, epochs: int) -> dict:
     return {"what": "whole run, minutes", "minutes": expected / 60, **about, "device": record["device"]}
 
 
-def table(on_cpu: dict, on_gpu: dict | None = None) -> str:
-    """Returns the lines of one or two files as Markdown; a line is known by what and which network it measures."""
+def table(on_cpu: dict, on_gpu: dict | None = None, all_lines: bool = False) -> str:
+    """
+    Returns the lines of one or two files as Markdown, those with a target or all; a line is known by what and which network it
+    measures.
+    """
     others = {(line["what"], line["network"]): line for line in (on_gpu or {"lines": []})["lines"]}
     lines = {(line["what"], line["network"]): line for line in on_cpu["lines"]}
     heads = [
@@ -116,6 +119,8 @@ def table(on_cpu: dict, on_gpu: dict | None = None) -> str:
     ]
     text = [f"| what | network | {' | '.join(heads)} |", "| --- |" + " --- |" * 5]
     for key in {**lines, **others}:
+        if not all_lines and not any(key in found and found[key]["target"] for found in (lines, others)):
+            continue
         cells = list(key)
         for line in (lines.get(key), others.get(key)):
             if line is None:
@@ -142,7 +147,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--epochs", type=int, default=200, help="a task, for --run")
     parser.add_argument("--output", type=Path, help="a JSON file; default results/benchmark-<device>.json")
     parser.add_argument(
-        "--table", type=Path, nargs="+", help="print the table of one or two files, and measure nothing"
+        "--table", type=Path, nargs="+", help="print what has a target, of one or two files, and measure nothing"
     )
     args = parser.parse_args(argv)
     if args.run is not None or args.table is not None:
@@ -153,29 +158,37 @@ def main(argv: list[str] | None = None) -> int:
     except ConfigError as error:
         parser.error(str(error))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    content = {
+    about = {
         "device": name,
         "threads": args.threads,
         "host": f"{platform.machine()} {platform.system()}, {num_cores()} cores",
         "versions": versions(),
-        "commit": checkout_commit(),
-        "minutes": {},
-        "lines": [],
     }
     parts = (parts_on_gpu if device.type == "cuda" else parts_on_cpu)(device, args)
     if unknown := set(args.only or []) - set(parts):
         parser.error(f"--only {' '.join(sorted(unknown))}; allowed: {', '.join(parts)}")
     output = args.output or ROOT / "results" / f"benchmark-{name.lower().replace(' ', '-')}.json"
+    # Parts that are not measured now stay as they are, if they are of the same machine.
+    content = read_json(output) if args.only and output.exists() else {"parts": {}, "lines": []}
+    if content["parts"] and any(content[key] != value for key, value in about.items()):
+        parser.error(
+            f"{output} is of another machine, other threads or other versions; allowed: all parts, or another --output"
+        )
+    # Writing the results would make it look changed.
+    commit = checkout_commit()
     for part in args.only or parts:
         start = time.perf_counter()
         print(f"Measuring: {part}", file=sys.stderr, flush=True)
         with threads(args.threads):
-            content["lines"] += [{"part": part, **line} for line in parts[part]()]
-        content["minutes"][part] = (time.perf_counter() - start) / 60
+            measured = [{"part": part, **line} for line in parts[part]()]
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        content["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else peak
+        peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else peak
+        minutes = (time.perf_counter() - start) / 60
+        content["parts"][part] = {"minutes": minutes, "commit": commit, "peak_memory_gib": peak}
+        lines = [line for line in content["lines"] if line["part"] != part] + measured
+        content |= {**about, "lines": sorted(lines, key=lambda line: list(parts).index(line["part"]))}
         write_json(output, content)
-    print(table(content))
+    print(table(content, all_lines=True))
     return 0
 
 

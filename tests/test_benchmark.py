@@ -106,17 +106,25 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     content = json.loads(output.read_text())
     assert content["device"] == "cpu" and content["versions"]["torch"] == torch.__version__
     assert content["lines"] == [{"part": "one", **lines[0]}] and content["threads"] == torch.get_num_threads()
+    # What was measured before stays where it is not measured again.
+    assert benchmark.main(["--only", "two", "--output", str(output), *threads]) == 0
+    assert json.loads(output.read_text())["lines"] == content["lines"]
+    assert list(json.loads(output.read_text())["parts"]) == ["one", "two"]
+    with pytest.raises(SystemExit):
+        benchmark.main(["--only", "two", "--output", str(output), "--threads", "99"])
+    assert "of another machine" in capsys.readouterr().err
+    assert benchmark.main(["--only", "one", "--output", str(output), *threads]) == 0
     line = "| this | net | 1.50 (1.00 to 2.00) | <= 1.4: **not reached** |"
     assert f"{line}  |  |" in capsys.readouterr().out
     # The other machine's column.
     other = tmp_path / "other.json"
-    more = [timing.ratio_row("this", "net", [1.0], "<= 1.4"), timing.ratio_row("that", "net", [3.0])]
+    more = [timing.ratio_row("this", "net", [1.0], "<= 1.4"), timing.ratio_row("that", "net", [3.0], ">= 3")]
+    more.append(timing.ratio_row("beside", "net", [3.0]))
     other.write_text(json.dumps({"device": "a GPU", "lines": more}))
     assert benchmark.main(["--table", str(output), str(other)]) == 0
     shown = capsys.readouterr().out
-    assert (
-        f"{line} 1.00 (1.00 to 1.00) | <= 1.4 |" in shown and "| that | net |  |  | 3.00 (3.00 to 3.00) |  |" in shown
-    )
+    assert f"{line} 1.00 (1.00 to 1.00) | <= 1.4 |" in shown
+    assert "| that | net |  |  | 3.00 (3.00 to 3.00) | >= 3 |" in shown and "beside" not in shown
     with pytest.raises(SystemExit):
         benchmark.main(["--only", "three", *threads])
     assert "allowed: one, two" in capsys.readouterr().err

@@ -34,15 +34,19 @@ def penalties(
     name: str, num_rows: int, rows_of_a_step: int, tasks: tuple[int, ...], device, repetitions: int, num_threads=None
 ) -> list[dict]:
     """
-    Returns the lines of penalties: a step with one, of `rows_of_a_step` rows, against the same step without.
+    Returns the lines of penalties: a step with one, of `rows_of_a_step` rows, of which half are replayed and have a teacher,
+    against the same step without.
 
     A step is measured with `num_rows` rows (the paper's 256 take minutes on a CPU), and its forward and backward passes, but not
     the optimizer's part and not the penalty, count `rows_of_a_step / num_rows` times.
     """
     model, (batch,) = network(name, device), batches(name, num_rows, num_rows, device)
+    replayed = tuple(tensor[: num_rows // 2] for tensor in batch)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
 
     def passes() -> None:
+        with torch.no_grad():
+            losses(model, replayed)
         losses(model, batch).mean().backward()
 
     def update() -> None:
