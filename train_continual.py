@@ -246,7 +246,6 @@ def main(config: TrainingConfig, start: Start | None, lock: OutputLock, stop: St
         # The model of the previous task is the teacher, and generates what is replayed.
         memory = None
         if replay is not None and task > 0:
-            replay_sampling = config.replay_num_inference_steps, config.replay_batch_size
             with record.phase("replay"):
                 memory, num_generated = update_replay(
                     replay,
@@ -255,7 +254,9 @@ def main(config: TrainingConfig, start: Start | None, lock: OutputLock, stop: St
                     tasks,
                     class_ids,
                     unet,
-                    lambda teacher: sampler(teacher, "replay", *replay_sampling),
+                    lambda teacher: sampler(
+                        teacher, "replay", config.replay_num_inference_steps, config.replay_batch_size
+                    ),
                     config,
                     accelerator,
                     logger.warning,
