@@ -33,6 +33,7 @@ METHODS = {
     "lwf": ["--replay", "lwf"],
 }
 STEPS = (25, 50, 100, 200, 400)
+TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 # How near the joint model's average is near enough.
 TOLERANCE = 1.05
 
@@ -104,6 +105,18 @@ def summarize(rows: list[dict]) -> list[dict]:
     return summary
 
 
+def table(summary: list[dict]) -> str:
+    """Returns the summary as Markdown; what is near enough stands in bold."""
+    heads = ["method", "steps", "average / joint's", "seconds / joint's", "images seen / joint's", "images generated"]
+    text = [f"| {' | '.join(heads)} |", "| --- |" + " --- |" * (len(heads) - 1)]
+    for row in summary:
+        quality = f"{row[heads[2]]:.2f}" + f" ({row['range'][0]:.2f} to {row['range'][1]:.2f})" * (row["seeds"] > 1)
+        shares = [f"{row[head]:.1%}" for head in heads[3:5]]
+        quality = f"**{quality}**" if row["near enough"] else quality
+        text.append(f"| {' | '.join([row['method'], str(row['steps']), quality, *shares, f'{row[heads[5]]:.0f}'])} |")
+    return "\n".join(text)
+
+
 def plot(path: Path, summary: list[dict], title: str) -> None:
     """Saves the curves: the average in units of the joint model's against the time in units of its time."""
     figure = Figure(figsize=(6.5, 4.2), layout="constrained")
@@ -148,8 +161,7 @@ def main(argv: list[str] | None = None) -> int:
         write_json(args.output, content)
         if args.plot is not None:
             plot(args.plot, content["summary"], f"One more class, {args.preset}, {len(args.seeds)} seed(s)")
-    for row in content["summary"]:
-        print({key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()})
+    print(table(content["summary"]))
     return 0
 
 
