@@ -1,6 +1,7 @@
 """The whole analysis of one checkpoint: what is measured in which order, kept part by part so that a killed run goes on."""
 
 import json
+import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -64,6 +65,12 @@ def subject_inputs(subject: Subject) -> dict:
     }
 
 
+def analysis_inputs(subject: Subject, options: Options) -> dict:
+    """Returns all that geometry.json is a function of, as JSON."""
+    asked = {"num_samples": options.num_samples, "timesteps": options.timesteps, "parts": list(options.parts)}
+    return {**subject_inputs(subject), **asked}
+
+
 def analyze(subject: Subject, options: Options, folder: Path, say: Callable[[str], None] = print) -> dict:
     """
     Returns everything that is asked for, as JSON.
@@ -80,6 +87,7 @@ def analyze(subject: Subject, options: Options, folder: Path, say: Callable[[str
     """
     plan = check_options(subject, options)
     inputs = subject_inputs(subject)
+    # Other numbers of gradients are other timesteps, and nothing else.
     sized = {**inputs, "num_samples": options.num_samples}
     parts = {name: Shards(folder / name, sized if name == "timesteps" else inputs) for name in PARTS}
     result, seconds = {}, {}
@@ -100,4 +108,11 @@ def analyze(subject: Subject, options: Options, folder: Path, say: Callable[[str
         raise NonFiniteError(str(error)) from error
     if subject.directions is not None:
         result["stored_cosines"] = stored_cosines(subject.directions)
-    return {"inputs": sized, "plan": vars(plan), **result, "seconds": seconds}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30
+    return {
+        "inputs": analysis_inputs(subject, options),
+        "plan": vars(plan),
+        **result,
+        "seconds": seconds,
+        "peak_memory_gib": peak,
+    }

@@ -3,19 +3,21 @@ Measures the geometry of a checkpoint's per-sample gradients: whether the empiri
 
     python scripts/analyze_fisher.py --model runs/digits/task-04 --data digits --output_dir geometry
 
-Writes report.html, report.md, geometry.json and plots. The same command goes on after the timesteps that are done. Exit code 0
+Writes report.html, report.md, geometry.json and plots. The same command goes on after the timesteps that are done,
+and writes the report again where all are. Exit code 0
 when all is written; 2, 3, 4, 5 and 6 for faults, as train_continual.py.
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
 import torch
 
-from diffusers_cl.analysis import PARTS, Options, analyze, check_options
+from diffusers_cl.analysis import PARTS, Options, analysis_inputs, analyze, check_options
 from diffusers_cl.errors import ConfigError, RunError, StorageError
-from diffusers_cl.files import remove_folder
+from diffusers_cl.files import read_json, remove_folder
 from diffusers_cl.geometry_report import describe, write_geometry
 from diffusers_cl.processes import num_cores
 from diffusers_cl.sampling import choose_device
@@ -85,6 +87,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def finished(output_dir: Path, inputs: dict) -> dict | None:
+    """Returns what was measured in the output folder of the same model, data and options, if it is there."""
+    path = output_dir / "geometry.json"
+    content = read_json(path) if path.exists() else {}
+    return content if content.get("inputs") == json.loads(json.dumps(inputs)) else None
+
+
 def run(args: argparse.Namespace) -> Path:
     """
     Measures and writes what `args` asks for.
@@ -110,7 +119,8 @@ def run(args: argparse.Namespace) -> Path:
     shards = args.output_dir / "shards"
     try:
         args.output_dir.mkdir(parents=True, exist_ok=True)
-        result = describe(subject, args.model) | analyze(subject, options, shards)
+        result = finished(args.output_dir, analysis_inputs(subject, options))
+        result = result or describe(subject, args.model) | analyze(subject, options, shards)
         report = write_geometry(args.output_dir, result)
     except OSError as error:
         raise StorageError(f"cannot write {args.output_dir}: {error.strerror or error}") from error

@@ -164,7 +164,9 @@ def test_the_bound_is_kept(tiny_unet, losses, make_batches):
         peaks[name] = allocations.peak
     # Beside it, the activations of one row and the mean, which are small here.
     with Allocations() as allocations:
-        torch.autograd.grad(losses(tiny_unet, tuple(tensor[:1] for tensor in draws)).sum(), list(tiny_unet.parameters()))
+        torch.autograd.grad(
+            losses(tiny_unet, tuple(tensor[:1] for tensor in draws)).sum(), list(tiny_unet.parameters())
+        )
     assert peaks["whole"] > unbounded
     assert peaks["bounded"] < memory + allocations.peak + 8 * size
 
