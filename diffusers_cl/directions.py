@@ -125,7 +125,7 @@ def measure_gauss_newton(subject: Subject, options: Options, bands: Shards, shar
             total=NUM_ITERATIONS + 1, desc="Gauss-Newton", unit="product", disable=options.disable_progress_bar
         ) as bar:
             vectors, values, residual = top_gauss_newton(
-                subject.unet, predict, batches, v, on_iteration=lambda: bar.update()
+                subject.unet, predict, batches, v, num_iterations=NUM_ITERATIONS, on_iteration=lambda: bar.update()
             )
         shares = {}
         for band in (ALL, *BANDS):

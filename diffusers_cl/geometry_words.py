@@ -228,7 +228,7 @@ def movement(found: dict) -> str:
         "its own v matters more to the task than the others' do: the penalty protects something of the task"
         if own > MORE * other
         else "another task's v does as much or more: what the penalty holds is a stiff direction of the network, not of the task"
-        if other > own / MORE
+        if other >= own
         else "another task's v does less, but not by a factor of two: little of what the penalty holds is the task's"
     )
     return f"{text}. Own v against other tasks' v, by band: {'; '.join(said)}. So {verdict}."
