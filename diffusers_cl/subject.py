@@ -129,7 +129,9 @@ def open_subject(
     folder, _ = model_folder(model, revision, ALLOWED_FILES, cache_dir=cache_dir)
     has_state = (folder / CONSOLIDATION / STATE_NAME).exists()
     state = read_task_state(folder) if has_state else {}
-    tasks = state["tasks"][: state["task"] + 1] if state.get("tasks") else [list(source.class_ids)]
+    # A joint run's one folder has learned all tasks.
+    tasks = [task for task in state.get("tasks", []) if set(task) <= set(state.get("seen_classes", []))]
+    tasks = tasks or [list(source.class_ids)]
     if unknown := [name for task in tasks for name in task if name not in source.class_ids]:
         raise CheckpointError(f"--model {model}: its state has the class {unknown[0]!r}, which its id2label lacks")
     is_folder = Path(data).is_dir()

@@ -165,8 +165,11 @@ def refusal(command: list[str], code: int, monkeypatch, capsys) -> str:
         script.main(command)
     error = capsys.readouterr().err
     # Before it, the bars of `datasets`.
-    assert exit_.value.code == code and error.count("\n") == 1 and "analyze_fisher.py: error: " in error, error
-    return error
+    last = error.strip().splitlines()[-1]
+    assert exit_.value.code == code and last.startswith("analyze_fisher.py: error: ") and "Traceback" not in error, (
+        error
+    )
+    return last
 
 
 @pytest.mark.parametrize(
