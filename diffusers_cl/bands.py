@@ -14,6 +14,7 @@ from .passes import Losses
 BANDS = {"high_snr": (0, 333), "mid_snr": (333, 667), "low_snr": (667, 1000)}
 ALL = "all"
 HALVES = 2
+MIN_AGREEMENT = 0.1
 
 
 def band_statistics(model: torch.nn.Module, losses: Losses, halves: list[Iterable]) -> tuple[dict, dict]:
@@ -66,13 +67,30 @@ def with_all_timesteps(gram: torch.Tensor, num_tasks: int) -> torch.Tensor:
     return mixed @ gram @ mixed.T
 
 
+def without_noise(products: torch.Tensor, signal: torch.Tensor, agreement: torch.Tensor) -> list[list[float | None]]:
+    """
+    Returns the cosines of the true mean gradients, from products of estimates that share no draw.
+
+    Args:
+        products (`torch.Tensor` of shape `(n, n)`): of the estimates; the diagonal is not used.
+        signal (`torch.Tensor` of shape `(n,)`): unbiased estimates of the true means' squares.
+        agreement (`torch.Tensor` of shape `(n,)`): how much of an estimate is signal; below `MIN_AGREEMENT` there is no cosine to
+            it (`None`), since that would be one noise over another.
+    """
+    known = (agreement >= MIN_AGREEMENT) & (signal > 0)
+    cosines = (products / torch.outer(signal, signal).clamp(min=1e-300).sqrt()).tolist()
+    size = range(len(signal))
+    return [[1.0 if i == j else cosines[i][j] if known[i] and known[j] else None for j in size] for i in size]
+
+
 def compare_bands(gram: torch.Tensor, traces: torch.Tensor, num_tasks: int, num_samples: int) -> dict:
     """
     Returns the cosines between directions of bands and tasks, as JSON.
 
     A cosine of two means of finitely many draws is too small, since each has its own noise. The two halves of a task's draws in
     a band share the mean and no noise, so that `<half 0, half 1>` is an unbiased `|mu|^2`: `corrected` divides by these in place
-    of the squared lengths. It is left out (`None`) where a direction is nothing but noise, and may exceed 1 by chance.
+    of the squared lengths. It is left out (`None`) where a direction is little but noise
+    ([`without_noise`]), and may exceed 1 by chance.
 
     Args:
         gram (`torch.Tensor`): inner products in the order `(tasks, bands, halves)`.
@@ -90,17 +108,16 @@ def compare_bands(gram: torch.Tensor, traces: torch.Tensor, num_tasks: int, num_
     own = torch.einsum("abhabk->abhk", full)
     signal = own[:, :, 0, 1]
     agreement = signal / (own[:, :, 0, 0] * own[:, :, 1, 1]).sqrt()
-    lengths = torch.einsum("abab->ab", products).sqrt()
 
-    def matrices(products: torch.Tensor, lengths: torch.Tensor, signal: torch.Tensor) -> dict:
-        true = torch.outer(signal, signal).clamp(min=0).sqrt()
-        corrected = (products / true).tolist()
-        size = range(len(lengths))
-        noise = [[signal[i] <= 0 or signal[j] <= 0 for j in size] for i in size]
-        return {
-            "cosine": (products / torch.outer(lengths, lengths)).tolist(),
-            "corrected": [[1.0 if i == j else None if noise[i][j] else corrected[i][j] for j in size] for i in size],
-        }
+    # A band and all timesteps share draws: of one task only the products of different halves are without their noise.
+    between = (full[:, :, 0, :, :, 1] + full[:, :, 1, :, :, 0]) / 2
+
+    def matrices(
+        products: torch.Tensor, unbiased: torch.Tensor, signal: torch.Tensor, agreement: torch.Tensor
+    ) -> dict:
+        lengths = products.diagonal().sqrt()
+        cosine = products / torch.outer(lengths, lengths)
+        return {"cosine": cosine.tolist(), "corrected": without_noise(unbiased, signal, agreement)}
 
     weights = torch.tensor([stop - start for start, stop in BANDS.values()], dtype=torch.float64)
     shares = traces * weights / (traces * weights).sum(dim=1, keepdim=True)
@@ -108,8 +125,11 @@ def compare_bands(gram: torch.Tensor, traces: torch.Tensor, num_tasks: int, num_
         "num_samples": num_samples,
         "agreement": {name: agreement[:, b].tolist() for b, name in enumerate(names)},
         "between_tasks": {
-            name: matrices(products[:, b, :, b], lengths[:, b], signal[:, b]) for b, name in enumerate(names)
+            name: matrices(products[:, b, :, b], products[:, b, :, b], signal[:, b], agreement[:, b])
+            for b, name in enumerate(names)
         },
-        "between_bands": [matrices(products[k, :, k, :], lengths[k], signal[k]) for k in range(num_tasks)],
+        "between_bands": [
+            matrices(products[k, :, k, :], between[k, :, k, :], signal[k], agreement[k]) for k in range(num_tasks)
+        ],
         "trace_share": [dict(zip(BANDS, row, strict=True)) for row in shares.tolist()],
     }

@@ -40,7 +40,7 @@ def _curves(path: Path, t: list[int], curves: dict[str, list], ylabel: str, log=
         axes.set_ylim(bottom=low)
     axes.grid(alpha=0.3)
     if len(curves) + len(marks) > 1:
-        axes.legend(fontsize=8, frameon=False)
+        figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     _save(figure, path)
 
 
@@ -126,7 +126,7 @@ def plot_movement(path: Path, movement: dict) -> None:
     highest = max(max(rises(curve)) for group in drawn for curve in group)
     for axes, name in zip(grid.flat, names, strict=False):
         groups = {
-            f"v of this task, {BAND_NAMES[name]}": ([curves[name]["own"]], "C3", "o"),
+            "v of this task": ([curves[name]["own"]], "C3", "o"),
             "the same band's v of other tasks": (curves[name]["others"], "C0", "s"),
             "the diagonal's top coordinates": (curves["top_coordinates"], "C2", "^"),
             "random directions": (curves["random"], "0.5", "v"),
@@ -141,9 +141,11 @@ def plot_movement(path: Path, movement: dict) -> None:
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_ylim(highest * 1e-8, highest * 3)
-        axes.set_title(BAND_NAMES[name], fontsize=10)
+        axes.set_title(f"v of {BAND_NAMES[name]}", fontsize=10)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=7, frameon=False, loc="upper left")
+    figure.legend(
+        *grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8, frameon=False
+    )
     for axes in grid[-1]:
         axes.set_xlabel("length of the move")
     for axes in grid[:, 0]:
@@ -222,7 +224,7 @@ def write_plots(folder: Path, geometry: dict) -> list[str]:
             "two halves of the draws": column("half_cosine"),
             "v to the top eigenvector": column("top_cosine"),
         }
-        _curves(to("critique_d_noise.png"), t, noise, "cosine", low=0)
+        _curves(to("critique_d_noise.png"), t, noise, "cosine")
     if "surrogate" in geometry:
         rows = geometry["surrogate"]
         shares = {name: [row[name] for row in rows] for name in ("scalar", "linear")}

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from tqdm.auto import tqdm
 
-from .bands import gram_of_files
+from .bands import gram_of_files, without_noise
 from .gram import Plan, geometry_of, gradient_gram
 from .parts import Options, flat, kept, losses
 from .passes import estimating
@@ -73,14 +73,10 @@ def measure_timesteps(subject: Subject, options: Options, plan: Plan, shards: Sh
     products = gram_of_files([shards.folder / f"t{t:04d}.safetensors" for t in options.timesteps], ["mean"])
     lengths = products.diagonal().sqrt()
     signal = torch.tensor([row["unbiased_mean_square"] for row in rows], dtype=torch.float64)
-    noise, size = signal <= 0, range(len(rows))
-    corrected = (products / torch.outer(signal, signal).clamp(min=1e-300).sqrt()).tolist()
     return {
         "rows": rows,
         "mean_cosines": (products / torch.outer(lengths, lengths)).tolist(),
-        "corrected_mean_cosines": [
-            [1.0 if i == j else None if noise[i] or noise[j] else corrected[i][j] for j in size] for i in size
-        ],
+        "corrected_mean_cosines": without_noise(products, signal, signal / products.diagonal()),
     }
 
 

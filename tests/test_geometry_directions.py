@@ -87,6 +87,8 @@ def test_cosines_without_noise_are_those_of_the_true_directions():
         assert between["corrected"][0][1] == pytest.approx(cosine, abs=0.02) and between["corrected"][1][1] == 1.0
         assert found["agreement"][name] == pytest.approx([0.5, 0.5], abs=0.02)
     assert found["between_bands"][0]["corrected"][0][2] == pytest.approx(1.0, abs=0.02)
+    # A band is a part of all timesteps, draws included.
+    assert found["between_bands"][0]["corrected"][0][3] == pytest.approx(1.0, abs=0.02)
     # Three bands' noise is averaged for all timesteps: 1/3 for a half.
     assert found["agreement"][ALL][0] == pytest.approx(1 / (1 + 1 / 3), abs=0.02)
     assert found["trace_share"][0]["low_snr"] == pytest.approx(999 / (333 + 668 + 999))
