@@ -90,7 +90,7 @@ def analyze(subject: Subject, options: Options, folder: Path, say: Callable[[str
     # Other numbers of gradients are other timesteps, and nothing else.
     sized = {**inputs, "num_samples": options.num_samples}
     parts = {name: Shards(folder / name, sized if name == "timesteps" else inputs) for name in PARTS}
-    result, seconds = {}, {}
+    result, seconds, cpu_seconds = {}, {}, {}
     measures = {
         "timesteps": lambda: measure_timesteps(subject, options, plan, parts["timesteps"], say),
         "surrogate": lambda: measure_surrogate(subject, options, parts["surrogate"]),
@@ -101,9 +101,11 @@ def analyze(subject: Subject, options: Options, folder: Path, say: Callable[[str
     try:
         for name in PARTS:
             if name in options.parts:
-                start = time.perf_counter()
+                start, cpu = time.perf_counter(), time.process_time()
                 result[name] = measures[name]()
                 seconds[name] = time.perf_counter() - start
+                # Of all threads: on a busy machine the time by the clock says little.
+                cpu_seconds[name] = time.process_time() - cpu
     except FloatingPointError as error:
         raise NonFiniteError(str(error)) from error
     if subject.directions is not None:
@@ -114,5 +116,6 @@ def analyze(subject: Subject, options: Options, folder: Path, say: Callable[[str
         "plan": vars(plan),
         **result,
         "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
         "peak_memory_gib": peak,
     }

@@ -50,13 +50,20 @@ def _table(rows: list[dict], surrogate: list[dict] | None) -> list[list[str]]:
         "diagonal error",
         "published",
     ]
-    head += ["n mu^2 / trace", "R / m"] + (["linear left", "scalar left"] if surrogate else [])
+    head += ["v to top eigenvector", "n mu^2 / trace", "R / m"] + (["linear left", "scalar left"] if surrogate else [])
     lines = [head]
     for index, row in enumerate(rows):
         published = format_number(PUBLISHED_RATIO) if row["t"] == PUBLISHED_RATIO_AT else ""
         cosine = sum(row["cosines"]) / len(row["cosines"])
         line = [row["loss"], row["scaled_prediction_error"], cosine, row["ratio"], published, row["rank1_error"]]
-        line += [row["diagonal_error"], f"near {PUBLISHED_DIAGONAL_ERROR}", row["signal_ratio"], row["residual_share"]]
+        line.append(row["best_rank1_error"])
+        line += [
+            row["diagonal_error"],
+            f"near {PUBLISHED_DIAGONAL_ERROR}",
+            row["top_cosine"],
+            row["signal_ratio"],
+            row["residual_share"],
+        ]
         line += [surrogate[index]["linear"], surrogate[index]["scalar"]] if surrogate else []
         lines.append([str(row["t"]), *(cell if isinstance(cell, str) else format_number(cell) for cell in line)])
     return lines
@@ -121,7 +128,8 @@ def _introduction(geometry: dict) -> list[str]:
 
 
 def _machine(geometry: dict) -> str:
-    seconds = ", ".join(f"{name} {spent:.0f} s" for name, spent in geometry["seconds"].items())
+    spent, cpu = geometry["seconds"], geometry["cpu_seconds"]
+    seconds = ", ".join(f"{name} {spent[name]:.0f} s ({cpu[name]:.0f} CPU seconds)" for name in spent)
     versions = ", ".join(f"{name} {version}" for name, version in geometry["versions"].items())
     plan = geometry["plan"]
     return (

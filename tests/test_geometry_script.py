@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from pipeline_helpers import tiny_pipeline
 from script_helpers import ROOT, finished_run, write_images
 
@@ -207,8 +208,6 @@ def test_models_and_data_that_do_not_fit(run_folder, tmp_path, monkeypatch, caps
     assert "--num_samples is 500; allowed: 8 to" in said(model, large, 2, num_samples=500, resize_mode="resize")
     lacking = write_images(tmp_path / "lacking", {"0": 10, "1": 10, "2": 10})
     assert "no class '3'" in said(model, lacking, 3)
-    from PIL import Image
-
     colour = write_images(tmp_path / "colour", names)
     for path in colour.rglob("*.png"):
         Image.open(path).convert("RGB").save(path)
@@ -228,7 +227,13 @@ def made(ratio: float, cosine: float, rank1: float, t=(100, 700)) -> dict:
         "top_cosine": 0.9,
         "num_samples": 16,
     }
-    row |= {"residual_share": ratio, "cosines": [cosine] * 16, "eigenvalues": [1.0, ratio, 0.01, 0.001, 1e-4]}
+    row |= {
+        "trace": 2.0,
+        "second_moment": 0.5,
+        "residual_share": ratio,
+        "cosines": [cosine] * 16,
+        "eigenvalues": [1.0, ratio, 0.01, 0.001, 1e-4],
+    }
     return {"rows": [{"t": at, **row} for at in t]}
 
 
