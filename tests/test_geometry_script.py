@@ -273,5 +273,5 @@ def test_pictures_of_one_timestep(tmp_path):
     content = made(0.02, 0.97, 0.1, t=(700,))
     content |= {"mean_cosines": [[1.0]], "corrected_mean_cosines": [[1.0]]}
     names = write_plots(tmp_path, {"timesteps": content, "tasks": [["a"]]})
-    assert all((tmp_path / name).stat().st_size > 3000 for name in names)
+    assert names and all(Image.open(tmp_path / name).width > 200 for name in names)
     assert "nothing to be compared" in geometry_words.mean_cosines(content)
