@@ -182,9 +182,9 @@ def to_html(geometry: dict, plots: Path) -> str:
 
 
 def _rounded(value):
-    """Floats to six digits: what is beyond is rounding of another order of additions."""
+    """Floats to nine digits: a loss has to have them for the rise along a random direction, and none is right beyond."""
     if isinstance(value, float):
-        return float(f"{value:.6g}")
+        return float(f"{value:.9g}")
     if isinstance(value, dict):
         return {key: _rounded(entry) for key, entry in value.items()}
     return [_rounded(entry) for entry in value] if isinstance(value, (list, tuple)) else value
