@@ -106,7 +106,7 @@ def test_a_timestep_is_that_of_its_draws(whole, run_folder):
     )
 
 
-def test_it_goes_on_after_the_timesteps_that_are_done(whole, run_folder, tmp_path, monkeypatch):
+def test_it_goes_on_after_the_timesteps_that_are_done(whole, run_folder, tmp_path, monkeypatch, capsys):
     output_dir, taken = tmp_path / "out", []
     real = timesteps.gradient_gram
 
@@ -120,8 +120,9 @@ def test_it_goes_on_after_the_timesteps_that_are_done(whole, run_folder, tmp_pat
 
     monkeypatch.setattr(timesteps, "gradient_gram", counting)
     command = arguments(run_folder / "task-01", output_dir, parts=["timesteps"])
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit) as stopped:
         script.main(command)
+    assert stopped.value.code == 130 and "the same command goes on" in capsys.readouterr().err
     assert taken == [200, 700] and not (output_dir / "geometry.json").exists()
     script.main(command)
     assert taken == [200, 700, 700]
