@@ -3,9 +3,9 @@ Measures the geometry of a checkpoint's per-sample gradients: whether the empiri
 
     python scripts/analyze_fisher.py --model runs/digits/task-04 --data digits --output_dir geometry
 
-Writes report.html, report.md, geometry.json and plots. The same command goes on after the timesteps that are done,
-and writes the report again where all are. Exit
-code 0 when all is written; 2, 3, 4, 5 and 6 for faults and 130 for Ctrl-C, as train_continual.py.
+Writes report.html, report.md, geometry.json and plots. The same command goes on after the timesteps that are done, and
+writes the report again where all are. Exit code 0 when all is written; 2, 3, 4, 5 and 6 for faults and 130 for Ctrl-C, as
+train_continual.py.
 """
 
 import argparse
