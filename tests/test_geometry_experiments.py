@@ -8,6 +8,9 @@ import pytest
 import torch
 from script_helpers import ROOT, finished_run
 
+from diffusers_cl.config import TrainingConfig
+from diffusers_cl.models import create_unet, load_unet_config
+
 
 def load(name: str):
     folder = ROOT / "scripts" / "experiments"
@@ -116,3 +119,23 @@ def test_v_along_a_tiny_run(tmp_path_factory, tmp_path, monkeypatch, capsys):
         assert 0 <= row["gauss_newton_cosine"] <= 1 and 0 < row["second_moment"] and row["gauss_newton"] > 0
         assert row["direction_share"] > 0
     assert "| 5 | ema |" in capsys.readouterr().out and (tmp_path / "plot.png").stat().st_size > 3000
+
+
+# The paper's networks
+
+
+@pytest.mark.parametrize(
+    ("name", "stages", "layers"),
+    [("base", 3, 2), ("small_1", 1, 1), ("small_3", 3, 1)],
+    ids=["base", "small_1", "small_3"],
+)
+def test_the_papers_networks(name, stages, layers):
+    # arXiv 2509.23593, App. C and C.1: so many ResNet blocks of 16 channels, and layers in each.
+    config = TrainingConfig(
+        resolution=8, model_config_name_or_path=str(ROOT / "configs" / "models" / f"paper_{name}.json")
+    )
+    unet = create_unet(load_unet_config(config), 1, {"a": 0, "b": 1}, config)
+    assert tuple(unet.config.block_out_channels) == (16,) * stages and unet.config.layers_per_block == layers
+    with torch.no_grad():
+        output = unet(torch.zeros(2, 1, 8, 8), torch.tensor([1, 999]), class_labels=torch.tensor([0, 1])).sample
+    assert output.shape == (2, 1, 8, 8) and output.isfinite().all()

@@ -27,7 +27,7 @@ from diffusers_cl.plots import format_number
 
 
 # Steps at which the run is looked at, and so many before each, to see how v moves meanwhile.
-STEPS, BACK = (10, 50, 100, 200, 300, 400, 500, 600, 700), 10
+STEPS, BACK = (20, 100, 200, 400, 700), 10
 # Draws of v, in units of the task's images; of all that is measured along it.
 ROUNDS, DRAWS = 4, 256
 BLOCK, NUM_ITERATIONS = 2, 4
