@@ -39,34 +39,28 @@ def describe(subject: Subject, model: str) -> dict:
 
 
 def _table(rows: list[dict], surrogate: list[dict] | None) -> list[list[str]]:
-    head = [
-        "t",
-        "loss",
-        "MSE to input",
-        "mean abs cos",
-        "ratio",
-        "published",
-        "rank-1 error",
-        "diagonal error",
-        "published",
-    ]
-    head += ["v to top eigenvector", "n mu^2 / trace", "R / m"] + (["linear left", "scalar left"] if surrogate else [])
-    lines = [head]
+    """A head and a row a timestep."""
+    lines = []
     for index, row in enumerate(rows):
-        published = format_number(PUBLISHED_RATIO) if row["t"] == PUBLISHED_RATIO_AT else ""
-        cosine = sum(row["cosines"]) / len(row["cosines"])
-        line = [row["loss"], row["scaled_prediction_error"], cosine, row["ratio"], published, row["rank1_error"]]
-        line.append(row["best_rank1_error"])
-        line += [
-            row["diagonal_error"],
-            f"near {PUBLISHED_DIAGONAL_ERROR}",
-            row["top_cosine"],
-            row["signal_ratio"],
-            row["residual_share"],
-        ]
-        line += [surrogate[index]["linear"], surrogate[index]["scalar"]] if surrogate else []
-        lines.append([str(row["t"]), *(cell if isinstance(cell, str) else format_number(cell) for cell in line)])
-    return lines
+        cells = {
+            "t": str(row["t"]),
+            "loss": row["loss"],
+            "MSE to input": row["scaled_prediction_error"],
+            "mean abs cos": sum(row["cosines"]) / len(row["cosines"]),
+            "lambda_2 / lambda_1": row["ratio"],
+            "the paper's": format_number(PUBLISHED_RATIO) if row["t"] == PUBLISHED_RATIO_AT else "",
+            "rank-1 error": row["rank1_error"],
+            "best possible": row["best_rank1_error"],
+            "diagonal error": row["diagonal_error"],
+            "the paper's diagonal": f"near {PUBLISHED_DIAGONAL_ERROR}",
+            "v to top eigenvector": row["top_cosine"],
+            "n mu^2 / trace": row["signal_ratio"],
+            "R / m": row["residual_share"],
+        }
+        if surrogate:
+            cells |= {"left by a scalar": surrogate[index]["scalar"], "by a linear map": surrogate[index]["linear"]}
+        lines.append([cell if isinstance(cell, str) else format_number(cell) for cell in cells.values()])
+    return [list(cells), *lines]
 
 
 def sections(geometry: dict) -> list[dict]:

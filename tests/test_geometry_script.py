@@ -87,6 +87,9 @@ def test_what_comes_out(whole):
     assert page.count("data:image/png;base64,") == len(pictures) and "http" not in re.sub(r'base64,[^"]*', "", page)
     for text in ("0.0220", "near 1.0", "Figure 2", "Critique (e)"):
         assert text in markdown and text in page
+    table = [line for line in markdown.splitlines() if line.startswith("|")]
+    assert len(table) == 4 and len({line.count("|") for line in table}) == 1
+    assert page.count("<th>") == page.count("<td>") // 2 == table[0].count("|") - 1
     # Nothing of this machine.
     for content in (markdown, page, (whole / "geometry.json").read_text()):
         assert str(whole.parent) not in content and str(Path.home()) not in content
