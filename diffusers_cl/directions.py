@@ -15,7 +15,6 @@ from .passes import estimating
 from .randomness import generator
 from .shards import Shards
 from .subject import Subject
-from .surrogate import predicted_noise
 
 
 # Draws of a half, of one task in one band; of a loss along a direction; of the diagonal and the Gauss-Newton matrix.
@@ -112,11 +111,12 @@ def measure_movement(subject: Subject, options: Options, bands: Shards, shards: 
 
 def measure_gauss_newton(subject: Subject, options: Options, bands: Shards, shards: Shards) -> dict:
     """Returns the last task's top Gauss-Newton eigenvectors, and how v of every band lies to them."""
-    task, scheduler = len(subject.tasks) - 1, subject.source.scheduler
-    everything = (0, scheduler.config.num_train_timesteps)
+    task = len(subject.tasks) - 1
+    everything = (0, subject.source.scheduler.config.num_train_timesteps)
 
     def predict(model, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        return predicted_noise(model, scheduler, *batch[:3])
+        # Whatever the network predicts: that is what the loss is a squared error of.
+        return model(batch[0], batch[1], class_labels=batch[2]).sample
 
     def compute() -> tuple[dict, dict]:
         batches = list(subject.draws(("gauss newton",), CURVATURE_DRAWS, everything, options.batch_size, task))
