@@ -39,6 +39,8 @@ def _range(rows: list[dict], name: str) -> str:
 def scaled_prediction(rows: list[dict]) -> str:
     """Figure 1: at low SNR the network predicts its scaled input."""
     first, last = rows[0], rows[-1]
+    if len(rows) == 1:
+        return f"The error is {format_number(first['scaled_prediction_error'])} at t = {first['t']}; one timestep shows no trend."
     values = [row["scaled_prediction_error"] for row in rows]
     falls = values[-1] < values[0]
     steady = all(b <= a for a, b in zip(values, values[1:], strict=False))

@@ -63,3 +63,9 @@ def test_what_readme_says_was_found():
         rise = compared_rises(content["movement"])
         other = rise["others all"] / rise["own all"]
         assert f"{other:.1f} times {words}" in README
+        assert rise["own all"] > 1e4 * rise["random"] and "ten thousand times faster than along random" in README
+        assert (
+            f"{span(rows, 'diagonal_error')} {words}" in README and f"{span(rows, 'residual_share')} {words}" in README
+        )
+        (at_500,) = [row for row in content["surrogate"] if row["t"] == 500]
+        assert f"{at_500['scalar']:.0%} {words}" in README
