@@ -32,13 +32,13 @@ STEPS, BACK = (20, 100, 200, 400, 700), 10
 ROUNDS, DRAWS = 4, 256
 BLOCK, NUM_ITERATIONS = 2, 4
 COLUMNS = {
-    "cosine_back": f"|cos| of v to v {BACK} steps before",
-    "cosine_other_draws": "|cos| of v to v of other draws",
+    "cosine_back": f"abs cos of v to v {BACK} steps before",
+    "cosine_other_draws": "abs cos of v to v of other draws",
     "second_moment": "second moment m",
     "curvature": "curvature along v",
     "direction_share": "m / trace",
     "gauss_newton": "top Gauss-Newton eigenvalue",
-    "gauss_newton_cosine": "|cos| of v to its eigenvector",
+    "gauss_newton_cosine": "abs cos of v to its eigenvector",
 }
 
 
@@ -96,10 +96,7 @@ def plot(path: Path, rows: list[dict]) -> None:
             values = np.array([row[name] for row in chosen], dtype=float)
             axes.plot([row["step"] for row in chosen], values, marker="o", color=f"C{number}", label=variant)
         axes.set_title(COLUMNS[name], fontsize=9)
-        if "cosine" in name:
-            axes.set_ylim(0, 1.02)
-        elif np.nanmin([row[name] for row in rows]) > 0:
-            axes.set_yscale("log")
+        axes.set_ylim(0, 1.02 if "cosine" in name else None)
         axes.grid(alpha=0.3)
     for axes in grid[-1]:
         axes.set_xlabel("optimizer step")
