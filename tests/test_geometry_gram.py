@@ -1,6 +1,8 @@
 """The geometry of F by its Gram matrix, every quantity against the dense D x D matrix of a tiny network."""
 
 import math
+import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -101,8 +103,6 @@ def test_collinear_gradients_are_rank_1():
 @pytest.mark.parametrize("rows_at_a_time", [1, 4])
 @pytest.mark.parametrize("columns", [1273, 700, 97])
 def test_blocks_change_nothing(small_denoiser, losses, draws, columns, rows_at_a_time):
-    from dataclasses import replace
-
     whole = taken(small_denoiser, losses, draws)
     plan = plan_passes(small_denoiser, NUM_ROWS, 2**24)
     # 97 columns cut every larger tensor; a panel of 10 does not divide them.
@@ -134,8 +134,6 @@ class Allocations(torch.utils._python_dispatch.TorchDispatchMode):
         return result
 
     def _watch(self, storage):
-        import weakref
-
         key, size = storage._cdata, storage.nbytes()
         self.known.add(key)
         self.live += size
@@ -148,14 +146,14 @@ class Allocations(torch.utils._python_dispatch.TorchDispatchMode):
 
 
 def test_the_bound_is_kept(tiny_unet, losses, make_batches):
-    num_samples = 64
+    num_samples = 16
     draws = make_batches([num_samples])[0]
     size = num_parameters(tiny_unet)
     unbounded = 4 * num_samples * size
-    memory = unbounded // 4
+    memory = unbounded // 2
     plan = plan_passes(tiny_unet, num_samples, memory)
     usable = 4 * num_samples * plan.columns
-    assert plan.passes == math.ceil(4 * num_samples * size / usable) >= 5
+    assert plan.passes == math.ceil(4 * num_samples * size / usable) >= 3
     assert plan.bytes_at_a_time <= memory
     peaks = {}
     for name, chosen in (("bounded", plan), ("whole", plan_passes(tiny_unet, num_samples, 8 * unbounded))):
