@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 from pipeline_helpers import tiny_pipeline
-from script_helpers import ROOT, finished_run, write_images
+from script_helpers import ROOT, finished_run, shared_folder, write_images
 
 from diffusers_cl import analysis, directions, geometry_words, timesteps
 from diffusers_cl.draws import FisherBatches
@@ -57,13 +58,13 @@ def geometry(output_dir: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def whole(run_folder, tmp_path_factory) -> Path:
-    """The output folder of a whole analysis."""
-    patch = pytest.MonkeyPatch()
-    for name, value in FEW.items():
-        patch.setattr(directions, name, value)
-    output_dir = tmp_path_factory.mktemp("geometry") / "out"
-    script.main(arguments(run_folder / "task-01", output_dir))
-    patch.undo()
+    """The output folder of a whole analysis, which the first worker that asks for it makes."""
+    output_dir = shared_folder(tmp_path_factory) / "geometry"
+    with FileLock(f"{output_dir}.lock"), pytest.MonkeyPatch.context() as patch:
+        for name, value in FEW.items():
+            patch.setattr(directions, name, value)
+        if not (output_dir / "geometry.json").exists():
+            script.main(arguments(run_folder / "task-01", output_dir))
     return output_dir
 
 
