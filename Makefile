@@ -2,6 +2,7 @@
 # make test     run the tests
 # make story    publish to a Hub on this machine, delete everything, go on from there with new classes
 # make torture  kill, damage and starve runs hundreds of times (half an hour), write results/torture.json
+# make benchmark  measure what things cost, as ratios (12 minutes), write results/benchmark-cpu.json
 # make style    lint and format, changing files
 # make quality  the same, changing nothing
 
@@ -10,7 +11,7 @@ PYTHONS = python3.13 python3.12 python3.11 python3
 BIN = .venv/bin
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --no-input -c constraints.txt
 
-.PHONY: demo test story torture style quality
+.PHONY: demo test story torture benchmark style quality
 # Two pip processes must not work on one environment.
 .NOTPARALLEL:
 
@@ -32,6 +33,9 @@ story: .venv/.installed-test
 
 torture: .venv/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python tests/torture.py
+
+benchmark: .venv/.installed
+	$(BIN)/python -W ignore scripts/benchmark.py
 
 style: .venv/.installed-quality
 	$(BIN)/ruff check --fix .

@@ -35,6 +35,7 @@ from diffusers import DDIMScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import is_wandb_available
+from torch.nn.utils import get_total_norm
 from tqdm.auto import tqdm
 
 from diffusers_cl import __version__
@@ -107,6 +108,7 @@ def main(config: TrainingConfig, start: Start | None, lock: OutputLock, stop: St
     accelerator = Accelerator(
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         mixed_precision=config.mixed_precision,
+        dynamo_backend=config.dynamo_backend,
         log_with=None if config.report_to == "none" else config.report_to,
         project_config=ProjectConfiguration(project_dir=output_dir, logging_dir=output_dir / config.logging_dir),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=config.ddp_timeout))],
@@ -164,7 +166,8 @@ def main(config: TrainingConfig, start: Start | None, lock: OutputLock, stop: St
 
     # Initialize the model and the noise scheduler
     min_rows = unet_config["num_class_embeds"] if start else 0
-    unet = create_unet(unet_config, train_split.channels, class_ids, config, min_rows).to(device)
+    layout = torch.channels_last if config.channels_last else torch.preserve_format
+    unet = create_unet(unet_config, train_split.channels, class_ids, config, min_rows).to(device, memory_format=layout)
     noise_scheduler = DDIMScheduler(num_train_timesteps=NUM_TRAIN_TIMESTEPS, prediction_type=config.prediction_type)
     if start is not None:
         noise_scheduler = DDIMScheduler.from_pretrained(start.folder, subfolder="scheduler")
@@ -215,11 +218,8 @@ def main(config: TrainingConfig, start: Start | None, lock: OutputLock, stop: St
     record = RunRecord(output_dir, accelerator, changes)
     record.write()
     if accelerator.is_main_process:
-        scalars = {
-            key: value
-            for key, value in asdict(config).items()
-            if key not in SECRET_KEYS and isinstance(value, (int, float, str, bool))
-        }
+        public = {key: value for key, value in asdict(config).items() if key not in SECRET_KEYS}
+        scalars = {key: value for key, value in public.items() if isinstance(value, (int, float, str, bool))}
         accelerator.init_trackers("train_continual", config=scalars)
         train_log = open(output_dir / "logs" / "train_log.jsonl", "a", buffering=1)  # noqa: SIM115 (closed at the end)
 
@@ -265,8 +265,8 @@ def main(config: TrainingConfig, start: Start | None, lock: OutputLock, stop: St
                 record.content["images"]["generated"] += num_generated
         w_new, w_old = replay_weights(config.replay_weighting, task if replay else 0, config.distillation_weight)
 
-        # Length of the task, in optimizer steps
-        task_rows = train_split.select(train_split.rows_of(phases[task]))
+        # The task's images, decoded once and kept where they fit; its length, in optimizer steps
+        task_rows = train_split.select(train_split.rows_of(phases[task])).load(device)
         batches_per_epoch = math.ceil(len(task_rows.labels) / (config.train_batch_size * accelerator.num_processes))
         max_train_steps = math.ceil(batches_per_epoch * config.num_train_epochs / config.gradient_accumulation_steps)
         if config.max_train_steps is not None:
@@ -330,17 +330,15 @@ def main(config: TrainingConfig, start: Start | None, lock: OutputLock, stop: St
             TaskImages(task_rows, class_ids, (config.seed, "flip", task) if config.random_flip else None),
             batch_sampler=batches,
             collate_fn=keep_batch,
-            num_workers=config.dataloader_num_workers,
+            num_workers=config.dataloader_num_workers if task_rows.images is None else 0,
         )
 
         logger.info(f"***** Running training, task {task} of {len(phases)}: {', '.join(phases[task][:20])} *****")
         logger.info(f"  Num examples = {len(task_rows.labels)}")
         logger.info(f"  Num replayed examples = {len(replay) if replay else 0}")
         logger.info(f"  Instantaneous batch size per device = {config.train_batch_size} (replay doubles it)")
-        logger.info(
-            "  Total train batch size (w. parallel, distributed & accumulation) ="
-            f" {config.train_batch_size * accelerator.num_processes * config.gradient_accumulation_steps}"
-        )
+        total_batch_size = config.train_batch_size * accelerator.num_processes * config.gradient_accumulation_steps
+        logger.info(f"  Total train batch size (w. parallel, distributed & accumulation) = {total_batch_size}")
         logger.info(f"  Gradient Accumulation steps = {config.gradient_accumulation_steps}")
         logger.info(f"  Optimization steps of this task = {max_train_steps}")
 
@@ -375,11 +373,9 @@ def main(config: TrainingConfig, start: Start | None, lock: OutputLock, stop: St
 
                 target = training_target(noise_scheduler, clean_images, noise, timesteps)
                 if replay:
-                    old = slice(num_new, None)
+                    old_rows = (part[num_new:] for part in (noisy_images, timesteps, class_labels, target))
                     with accelerator.autocast():
-                        replayed_target = replay.target(
-                            noisy_images[old], timesteps[old], class_labels[old], target[old]
-                        )
+                        replayed_target = replay.target(*old_rows)
                     target = torch.cat([target[:num_new], replayed_target.to(target.dtype)])
 
                 with accelerator.accumulate(model):
@@ -395,8 +391,11 @@ def main(config: TrainingConfig, start: Start | None, lock: OutputLock, stop: St
                     parts += torch.stack([loss, loss_new, loss_old, penalty_value]).detach()
 
                     if accelerator.sync_gradients:
-                        # Without a limit this only measures the norm.
-                        grad_norm = accelerator.clip_grad_norm_(unet.parameters(), config.max_grad_norm or math.inf)
+                        if config.max_grad_norm is not None:
+                            grad_norm = accelerator.clip_grad_norm_(unet.parameters(), config.max_grad_norm)
+                        else:
+                            accelerator.unscale_gradients()
+                            grad_norm = get_total_norm([p.grad for p in unet.parameters() if p.grad is not None])
                         signalled = parts.new_full((1,), float(stop.received is not None))
                         parts = torch.cat([parts / config.gradient_accumulation_steps, signalled])
                         parts = accelerator.reduce(parts, reduction="mean")
@@ -447,12 +446,13 @@ def main(config: TrainingConfig, start: Start | None, lock: OutputLock, stop: St
                         logs["ema_decay"] = ema_model.cur_decay_value
                     parts = torch.zeros(4, device=device)
                     progress_bar.set_postfix(loss=f"{values[0]:.4f}", lr=lr, refresh=False)
-                    if finite:
-                        accelerator.log(logs, step=global_step)
-                        if accelerator.is_main_process:
-                            train_log.write(json.dumps({"step": global_step, "task": task, **logs}) + "\n")
-
                     task_ends = global_step - step_before_task == max_train_steps
+                    # A tracker takes milliseconds.
+                    if finite and (task_ends or global_step % config.logging_steps == 0):
+                        accelerator.log(logs, step=global_step)
+                    if finite and accelerator.is_main_process:
+                        train_log.write(json.dumps({"step": global_step, "task": task, **logs}) + "\n")
+
                     if task_ends or stopping or global_step % config.checkpointing_steps == 0:
                         if not accelerator.is_main_process:
                             # As the main process does before it saves: all stop together.
@@ -476,7 +476,7 @@ def main(config: TrainingConfig, start: Start | None, lock: OutputLock, stop: St
         if ema_model is not None:
             ema_model.copy_to(unet.parameters())
         # Fisher, teacher, evaluation and publishing all see the network without the mixed-precision wrapper.
-        unet = accelerator.unwrap_model(model, keep_fp32_wrapper=False).eval()
+        unet = accelerator.unwrap_model(model, keep_fp32_wrapper=False, keep_torch_compile=False).eval()
         del model, prepared_optimizer, optimizer, lr_scheduler, ema_model
         accelerator.free_memory()
 
@@ -488,7 +488,7 @@ def main(config: TrainingConfig, start: Start | None, lock: OutputLock, stop: St
                     noise_scheduler,
                     config.fisher_samples,
                     tuple(config.fisher_timesteps),
-                    config.train_batch_size,
+                    config.fisher_batch_size,
                     config.seed,
                     task,
                     device,

@@ -108,7 +108,7 @@ def consolidated_penalty(source: Source, images: TaskImages, config: TrainingCon
         source.scheduler,
         config.fisher_samples,
         tuple(config.fisher_timesteps),
-        config.train_batch_size,
+        config.fisher_batch_size,
         config.seed,
         0,
         device,
@@ -169,7 +169,7 @@ def adopt(
         say("Sampling the model, in the place of data")
         config = replace(config, eval_images_per_class=config.eval_images_per_class or OWN_SAMPLES_PER_CLASS)
         train, test = own_samples(names, class_ids, config.eval_images_per_class, sample)
-    task_images = TaskImages(train.select(train.rows_of(names)), class_ids)
+    task_images = TaskImages(train.select(train.rows_of(names)).load(device), class_ids)
 
     evaluation = Evaluation(test, [names], class_ids, resolve_feature_extractor(config, train, names, device), config)
     if config.penalty != "none":

@@ -31,7 +31,7 @@ def band_statistics(model: torch.nn.Module, losses: Losses, halves: list[Iterabl
     """
     tensors = {}
     for number, batches in enumerate(halves):
-        mean, _, _ = mean_gradient(model, losses, batches)
+        mean = mean_gradient(model, losses, batches).mu
         tensors[f"half.{number}"] = torch.cat([tensor.flatten() for tensor in mean.values()]).float()
     trace, _ = gradient_trace(model, losses, halves[0], chunk_size=8)
     return {**tensors, "trace": torch.tensor(trace, dtype=torch.float64)}

@@ -13,6 +13,7 @@ OPERATIONAL_KEYS = (
     "checkpointing_steps",
     "checkpoints_total_limit",
     "report_to",
+    "logging_steps",
     "logging_dir",
     "cache_dir",
     "dataloader_num_workers",
@@ -62,7 +63,7 @@ class TrainingConfig:
     cache_dir: str | None = None
     """Where downloads and the feature classifier are kept; by default the Hugging Face cache."""
     dataloader_num_workers: int = 0
-    """Processes that load images; 0 loads in the main process."""
+    """Processes that load images where a task's do not fit in memory, decoded once; 0 loads in the main process."""
 
     # Stream
     tasks: list[list[str | int]] | None = None  # Text first: jsonargparse tries types in order, and '01' is no 1.
@@ -110,6 +111,9 @@ class TrainingConfig:
     """For `penalty: lowrank_ewc`: directions a task, each of which costs one parameter vector."""
     fisher_samples: int | None = None
     """Draws of image, timestep and noise for the Fisher; by default one for every training image of the task."""
+    fisher_batch_size: int = 128
+    """Draws a pass through the network takes at once for the Fisher; another value changes it by about 1e-5, a curvature by
+    1e-3."""
     fisher_timesteps: list[int] = dataclasses.field(default_factory=lambda: [0, NUM_TRAIN_TIMESTEPS])
     """Timesteps `[start, end)` that the Fisher is averaged over; low SNR is [667, 1000]."""
     fisher_diagnostics: bool = True
@@ -167,6 +171,10 @@ class TrainingConfig:
     """Clip the gradient to this norm; by default not clipped."""
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     """Precision of training; by default what `accelerate` was told. Fisher and sampling are always float32."""
+    dynamo_backend: Literal["no", "inductor"] | None = None
+    """`inductor` compiles student and teacher with `torch.compile` for training; by default what `accelerate` was told."""
+    channels_last: bool = False
+    """Keep the network's weights in channels-last memory format."""
     allow_tf32: bool = False
     """Let training and sampling use TF32 on GPUs; the Fisher never does."""
     use_ema: bool = False
@@ -197,6 +205,8 @@ class TrainingConfig:
     """Print the traceback of faults that end with one sentence."""
     report_to: Literal["tensorboard", "wandb", "none"] = "tensorboard"
     """Where to send losses and images while training."""
+    logging_steps: int = 10
+    """Send losses there every so many optimizer steps; `logs/train_log.jsonl` has every one."""
     logging_dir: str = "logs"
     """Folder for the trackers' files, inside `output_dir`."""
     license: str = "apache-2.0"

@@ -6,8 +6,9 @@ Neither is a method to use. If a random direction of equal strength holds as muc
 
 import torch
 
+from .along import curvature_along
 from .ewc import DiagonalEWC, Rank1EWC
-from .fisher import Rank1Fisher, curvature_along
+from .fisher import Rank1Fisher
 from .passes import Losses, Reduce, alone, first_draws, trainable_parameters
 
 

@@ -1,7 +1,11 @@
 """From a Hugging Face dataset to splits of undecoded images with a label each."""
 
+import math
 import os
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import datasets
@@ -12,11 +16,16 @@ from .config import TrainingConfig
 from .errors import DataError, first_line
 from .images import UnreadableImageError, image_bytes, open_image, reading, to_uint8_array
 from .labels import check_class_lists, check_folders, row_labels
+from .memory import place_for
+from .processes import num_cores
 from .randomness import derive_seed, permutation
 
 
 # The share of every class that is held out where a dataset has no split to evaluate on.
 HOLDOUT = 0.2
+# Images that a thread takes at once.
+CHUNK = 16
+MAX_THREADS = 8
 
 
 @dataclass
@@ -32,6 +41,7 @@ class ImageSplit:
         names (`list[str]`): the dataset's classes in label order.
         resolution (`int`), resize_mode (`str`), channels (`int`): what [`decode`] makes of an image.
         rows (`np.ndarray`): the row numbers in the dataset on disk, for messages.
+        images (`torch.Tensor`, *optional*): all of them as [`decode`] returns them, where [`load`] has kept them.
     """
 
     dataset: datasets.Dataset
@@ -43,6 +53,7 @@ class ImageSplit:
     resize_mode: str
     channels: int
     rows: np.ndarray = field(repr=False)
+    images: torch.Tensor | None = field(default=None, repr=False)
 
     def rows_of(self, names: list[str]) -> np.ndarray:
         """Returns the positions of the rows of these classes, by the label column alone: no image is decoded."""
@@ -50,17 +61,46 @@ class ImageSplit:
 
     def select(self, positions: np.ndarray) -> "ImageSplit":
         """Returns the split with these rows only."""
-        return ImageSplit(
-            self.dataset.select(positions),
-            self.image_column,
-            self.name,
-            self.labels[positions],
-            self.names,
-            self.resolution,
-            self.resize_mode,
-            self.channels,
-            self.rows[positions],
+        return replace(
+            self,
+            dataset=self.dataset.select(positions),
+            labels=self.labels[positions],
+            rows=self.rows[positions],
+            images=None if self.images is None else self.images[positions],
         )
+
+    def load(self, device: torch.device | str) -> "ImageSplit":
+        """
+        Returns the split with all images decoded once: on the device if they fit there, else in the machine's memory
+        ([`place_for`]). What fits in neither stays as it is, and is decoded batch by batch.
+        """
+        shape = (len(self.labels), self.channels, self.resolution, self.resolution)
+        place = place_for(math.prod(shape), device)
+        if self.images is not None or place is None:
+            return self
+        images = torch.empty(shape, dtype=torch.uint8)
+        for positions, entries, arrays in self.in_threads(self._pixels, np.arange(len(self.labels))):
+            for position, entry, array in zip(positions, entries, arrays, strict=True):
+                images[position] = self._checked(position, entry, array)
+        return replace(self, images=images.to(place))
+
+    def in_threads(self, function: Callable[[dict | None], object], positions: np.ndarray) -> Iterator[tuple]:
+        """
+        Yields positions, entries of the image column and what the function makes of each, a few rows at a time, in order;
+        of what is not asked for yet little is in memory.
+        """
+        num_threads = min(MAX_THREADS, num_cores())
+        with ThreadPoolExecutor(num_threads) as pool:
+            waiting = deque()
+            chunks = np.split(positions, range(CHUNK, len(positions), CHUNK))
+            for number in range(len(chunks) + num_threads):
+                if number < len(chunks):
+                    entries = self.dataset[chunks[number].tolist()][self.image_column]
+                    results = pool.submit(lambda entries: [function(entry) for entry in entries], entries)
+                    waiting.append((chunks[number].tolist(), entries, results))
+                if waiting and number >= num_threads:
+                    rows, entries, results = waiting.popleft()
+                    yield rows, entries, results.result()
 
     def is_greyscale(self) -> bool:
         """Returns whether the first image that can be read has a single channel."""
@@ -75,21 +115,33 @@ class ImageSplit:
 
     def decode(self, positions) -> torch.Tensor:
         """
-        Returns images as uint8 of shape `(len(positions), channels, resolution, resolution)`.
+        Returns images as uint8 of shape `(len(positions), channels, resolution, resolution)`, on the device where [`load`]
+        has put them.
 
         Raises:
             DataError: naming the row of an image that cannot be read.
         """
-        images = []
-        for position, entry in zip(
-            positions, self.dataset[[int(p) for p in positions]][self.image_column], strict=True
-        ):
-            try:
-                with reading(), open_image(image_bytes(entry)) as image:
-                    images.append(to_uint8_array(image, self.channels, self.resolution, self.resize_mode))
-            except UnreadableImageError as error:
-                raise DataError(f"{self.describe(position, entry)} cannot be read: {error}") from error
-        return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+        if self.images is not None:
+            return self.images[torch.as_tensor(positions)]
+        positions = [int(position) for position in positions]
+        entries = self.dataset[positions][self.image_column]
+        pairs = zip(positions, entries, strict=True)
+        return torch.stack([self._checked(position, entry, self._pixels(entry)) for position, entry in pairs])
+
+    def _pixels(self, entry: dict | None) -> torch.Tensor | UnreadableImageError:
+        """One image, of shape `(channels, resolution, resolution)`, or why it cannot be read."""
+        try:
+            with reading(), open_image(image_bytes(entry)) as image:
+                array = to_uint8_array(image, self.channels, self.resolution, self.resize_mode)
+        except UnreadableImageError as error:
+            return error
+        return torch.from_numpy(array.transpose(2, 0, 1).copy())
+
+    def _checked(self, position: int, entry: dict | None, pixels: torch.Tensor | UnreadableImageError) -> torch.Tensor:
+        """The pixels of an image, where there are any; otherwise a `DataError` that names its row."""
+        if isinstance(pixels, UnreadableImageError):
+            raise DataError(f"{self.describe(position, entry)} cannot be read: {pixels}") from pixels
+        return pixels
 
     def describe(self, position: int, entry: dict | None) -> str:
         """Returns row, split and file of an image, for messages."""

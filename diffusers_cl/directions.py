@@ -5,9 +5,10 @@ from collections.abc import Callable
 import torch
 from tqdm.auto import tqdm
 
+from .along import projections
 from .bands import ALL, BANDS, HALVES, band_statistics, compare_bands, gram_of_files
 from .controls import random_direction
-from .fisher import diagonal_fisher, projections, trainable_parameters
+from .fisher import diagonal_fisher, trainable_parameters
 from .gauss_newton import NUM_ITERATIONS, top_gauss_newton
 from .movement import STEPS, coordinate_direction, loss_curve
 from .parts import Options, flat, kept, losses

@@ -60,10 +60,15 @@ class FisherBatches:
         for begin in range(start, self.num_samples, step):
             indices = range(begin, min(begin + self.batch_size, self.num_samples))
             images, class_labels = self.images.__getitems__([(0, self.order[i % len(self.order)]) for i in indices])
-            clean_images = from_uint8(images)
+            clean_images = from_uint8(images.to(self.device))
             generators = [generator(self.seed, "fisher", self.task, index) for index in indices]
             timesteps = torch.cat([torch.randint(*self.timesteps, (1,), generator=g) for g in generators])
             noise = torch.stack([torch.randn(clean_images.shape[1:], generator=g) for g in generators])
+            timesteps, noise, class_labels = (x.to(self.device) for x in (timesteps, noise, class_labels))
             noisy_images = self.noise_scheduler.add_noise(clean_images, noise, timesteps)
-            target = training_target(self.noise_scheduler, clean_images, noise, timesteps)
-            yield tuple(tensor.to(self.device) for tensor in (noisy_images, timesteps, class_labels, target))
+            yield (
+                noisy_images,
+                timesteps,
+                class_labels,
+                training_target(self.noise_scheduler, clean_images, noise, timesteps),
+            )

@@ -24,7 +24,7 @@ MAX_NEAREST_ROWS = 20
 
 class Evaluation:
     """
-    Measures models on the held-out images of every task. Real features are extracted once; of tasks whose images are not
+    Measures models on the held-out images of every task. Real features are extracted once ever; of tasks whose images are not
     here, their [`References`] take their place, which leaves recall and kernel distance unknown.
 
     Args:
@@ -70,10 +70,11 @@ class Evaluation:
                 )
             self.labels.append([split.names[label] for label in split.labels])
             images = split.decode(range(len(split.labels)))
-            features, predictions = extractor(images)
+            features, predictions = extractor.of_real_images(images, config.cache_dir)
             self.references.append(features, self.labels[-1], predictions)
             self.real.append(features)
-            self.recognised.append(predictions if classifier is None else classifier(images)[1])
+            judged = predictions if classifier is None else classifier.of_real_images(images, config.cache_dir)[1]
+            self.recognised.append(judged)
         new = slice(num_kept, None)
         self.info = dict(extractor.info)
         if self.classes is not None and any(known := [self._recognises(task) for task in range(len(tasks))][new]):

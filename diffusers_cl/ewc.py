@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from .fisher import Rank1Fisher, diagonal_fisher, rank1_fisher
 from .passes import Losses, Reduce, alone, finite, trainable_parameters
-from .quadratic import Rank1Quadratic
+from .quadratic import DiagonalQuadratic, Rank1Quadratic, Rank1Terms
 from .strength import parse_ewc_lambda
 
 
@@ -133,8 +133,18 @@ class Rank1EWC(_Penalty):
     kind = "rank1_ewc"
     quantities = ("direction",)
 
-    def _vector(self, name: str, device: torch.device) -> torch.Tensor:
-        return torch.tensor(self.statistics[name], dtype=torch.float64, device=device)
+    def __init__(self, ewc_lambda: float | str = 15_000.0):
+        super().__init__(ewc_lambda)
+        self._joined: Rank1Terms | None = None
+
+    def _terms(self, parameters: dict[str, torch.nn.Parameter]) -> Rank1Terms:
+        """All tasks' quadratics, in the parameters' order; joined anew when one has come or they were moved."""
+        directions, values = self.tensors["direction"], (self.strengths(), self.statistics["offset"])
+        if self._joined is None or not self._joined.are_of(directions, *values):
+            self._joined = None
+            self.tensors["direction"] = {name: directions.pop(name) for name in parameters}
+            self._joined = Rank1Terms(self.tensors["direction"], values[0], list(values[1]))
+        return self._joined
 
     def strengths(self) -> list[float]:
         """Returns the coefficient of every task's quadratic: `ewc_lambda * m_k`, or the curvature under `auto`."""
@@ -148,38 +158,30 @@ class Rank1EWC(_Penalty):
     def __call__(self, model: torch.nn.Module) -> torch.Tensor:
         """Returns the penalty, a scalar with a gradient; 0 until a task has been consolidated."""
         parameters = self._parameters(model)
-        device = next(iter(parameters.values())).device
         if self.num_tasks == 0:
-            return torch.zeros((), device=device)
-        directions = [self.tensors["direction"][name] for name in parameters]
-        strengths = torch.tensor(self.strengths(), dtype=torch.float64, device=device)
-        return Rank1Quadratic.apply(strengths, self._vector("offset", device), directions, *parameters.values())
+            return torch.zeros((), device=next(iter(parameters.values())).device)
+        return Rank1Quadratic.apply(self._terms(parameters), *parameters.values())
 
     @torch.no_grad()
     def step(self, model: torch.nn.Module, lr: float) -> None:
         """
-        Takes the decoupled step: the exact minimiser of `|theta' - theta|^2 / 2 + lr * penalty(theta')`, in float64.
+        Takes the decoupled step: the exact minimiser of `|theta' - theta|^2 / 2 + lr * penalty(theta')`, solved in float64.
 
         `theta <- theta - V^T (I + lr L V V^T)^-1 lr L (V theta - b)`, L the diagonal of [`strengths`]. Not the paper's
-        method: with Adam, a stiff penalty in the loss fills the second moments of every parameter and starves the new
-        task. For a large lr this is the projection onto the weights that move no anchor (related: OGD, arXiv
-        1910.07104). `lr` is the schedule's current learning rate. Before a step that is not finite changes a weight it is
-        a `FloatingPointError`.
+        method: with Adam, a stiff penalty in the loss fills the second moments of every parameter and starves the new task. For
+        a large lr this is the projection onto the weights that move no anchor (related: OGD, arXiv 1910.07104). `lr` is the
+        schedule's. A step that is not finite is a `FloatingPointError`, and changes no weight.
         """
         parameters = self._parameters(model)
         if self.num_tasks == 0:
             return
-        offsets = self._vector("offset", next(iter(parameters.values())).device)
-        directions = {name: self.tensors["direction"][name].reshape(len(offsets), -1).double() for name in parameters}
-        residuals = sum(directions[name] @ p.flatten().double() for name, p in parameters.items()) - offsets
-        gram = sum(v @ v.T for v in directions.values())
-        scale = lr * torch.tensor(self.strengths(), dtype=torch.float64, device=offsets.device)
-        identity = torch.eye(len(offsets), dtype=torch.float64, device=offsets.device)
+        terms = self._terms(parameters)
+        scale = lr * terms.strengths
+        identity = torch.eye(len(scale), dtype=torch.float64, device=scale.device)
         # Before it is solved: a solver may call what is not finite singular.
-        pull = finite(scale * residuals, "the penalty's step")
-        solution = torch.linalg.solve(identity + scale[:, None] * gram, pull)
-        for name, parameter in parameters.items():
-            parameter.copy_(parameter.double() - (solution @ directions[name]).view_as(parameter))
+        pull = finite(scale * terms.residuals(parameters.values()), "the penalty's step")
+        solution = torch.linalg.solve(identity + scale[:, None] * terms.gram(), pull)
+        torch._foreach_sub_(list(parameters.values()), terms.combined(solution))
 
     def _direction(self, model: torch.nn.Module, fisher: Rank1Fisher, batches, reduce: Reduce):
         """What the penalty holds; a control replaces it."""
@@ -259,9 +261,9 @@ class DiagonalEWC(_Penalty):
         parameters = self._parameters(model)
         if self.num_tasks == 0:
             return torch.zeros((), device=next(iter(parameters.values())).device)
-        weighted, anchor = self.tensors["fisher"], self.tensors["anchor"]
-        total = sum((weighted[name] * (p - anchor[name]).square()).sum() for name, p in parameters.items())
-        return 0.5 * self._weight() * (total + self.statistics["constant"][-1])
+        weights, anchors = ([self.tensors[kind][name] for name in parameters] for kind in self.quantities)
+        distance = DiagonalQuadratic.apply(weights, anchors, *parameters.values())
+        return self._weight() * (distance + 0.5 * self.statistics["constant"][-1])
 
     @torch.no_grad()
     def step(self, model: torch.nn.Module, lr: float) -> None:

@@ -30,7 +30,7 @@ from .errors import CheckpointError, DataError, RunError, first_line
 from .fetch import CLASSIFIER_FILES, model_folder
 from .files import replacing
 from .inception import published_weights, tensors_alone
-from .shards import load_tensors, save_tensors
+from .shards import load_tensors, save_tensors, tensors_digest
 
 
 # Of the digits, so that their distances are measured with one and the same network on every machine.
@@ -114,6 +114,32 @@ class FeatureExtractor:
             )
         predictions = [self.class_names[i] for i in logits[0].argmax(dim=1).tolist()] if logits else None
         return features.double(), predictions
+
+    def of_real_images(self, images: torch.Tensor, cache_dir: str | None) -> tuple[torch.Tensor, list[str] | None]:
+        """
+        Returns what a call does, and keeps it in `cache_dir` (by default the Hugging Face cache) for the next start of this or
+        another run: of real images nothing ever changes, and Inception takes minutes. Processes that share the work do it anew.
+        """
+        if self.gather is not None:
+            return self(images)
+        device = torch.device(self.device)
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.get_num_threads()
+        precision = [torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision]
+        inputs = {"images": tensors_digest({"images": images}), "extractor": self.info, "classes": self.class_names}
+        inputs |= {"torch": [torch.__version__, device.type, name, *precision]}
+        file = Path(cache_dir or constants.HF_HOME) / "diffusers_cl" / f"features-{_key(inputs)}.safetensors"
+        if (saved := load_tensors(file, inputs)) is None:
+            features, predictions = self(images)
+            known = (
+                {}
+                if predictions is None
+                else {"predictions": [self.class_names.index(found) for found in predictions]}
+            )
+            saved = {"features": features, **{key: torch.tensor(value) for key, value in known.items()}}
+            with replacing(file) as own:
+                save_tensors(own, saved, inputs)
+        predictions = saved.get("predictions")
+        return saved["features"], None if predictions is None else [self.class_names[i] for i in predictions]
 
 
 class _Inception(nn.Module):

@@ -13,16 +13,19 @@ import math
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
-from torch.func import grad, jvp, vmap
+from torch.func import grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .along import CURVATURE_STEPS, curvature_along, second_moment_along
 from .passes import (
     Losses,
     Reduce,
     alone,
     batches_to_do,
+    checksum_of,
     estimating,
     finite,
     first_draws,
@@ -31,8 +34,6 @@ from .passes import (
 )
 
 
-# Lengths of the central differences along a unit direction: on digits the result is flat from 0.003 to 0.1.
-CURVATURE_STEPS = (0.01, 0.03)
 # How many draws the diagnostics that need per-sample gradients use.
 TRACE_SAMPLES = 128
 
@@ -61,10 +62,13 @@ class Rank1Fisher:
     trace_num_samples: int = 0
 
 
-def _checksum(batch: tuple[torch.Tensor, ...], start: int) -> torch.Tensor:
-    """Of rows by their position, so that the same labels on other images are other draws."""
-    positions = torch.arange(start + 1, start + 1 + len(batch[0]), dtype=torch.float64, device=batch[0].device)
-    return sum((tensor.double().reshape(len(tensor), -1).sum(dim=1) * positions).sum() for tensor in batch)
+class MeanGradient(NamedTuple):
+    """mu by parameter name, float64, and the mean loss; the number and a checksum of this process's draws."""
+
+    mu: dict[str, torch.Tensor]
+    loss: float
+    num_samples: int
+    checksum: torch.Tensor
 
 
 def _zeros(parameters: dict[str, torch.nn.Parameter]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
@@ -109,18 +113,17 @@ def _gradient_chunks(model, losses, batch, chunk_size: int | None):
 
 def mean_gradient(
     model: torch.nn.Module, losses: Losses, batches: Iterable, reduce: Reduce = alone, progress=None
-) -> tuple[dict[str, torch.Tensor], int, torch.Tensor]:
+) -> MeanGradient:
     """
-    Returns mu = E[g] by one ordinary backward pass a batch, in float64, and the number and a checksum of this process's
-    draws.
+    Returns mu = E[g] and the mean loss, by one ordinary backward pass a batch.
 
     Raises:
         ValueError: no draws, or not one loss a row. FloatingPointError: mu is not finite.
     """
     parameters = trainable_parameters(model)
     total, count = _zeros(parameters)
-    checksum = torch.zeros_like(count)
-    sums = {**total, "count": count, "checksum": checksum}
+    checksum, loss = torch.zeros_like(count), torch.zeros_like(count)
+    sums = {**total, "loss": loss, "count": count, "checksum": checksum}
     with estimating(model):
         for batch in batches_to_do(progress, batches, "mean_gradient", sums):
             values = losses(model, batch)
@@ -129,61 +132,12 @@ def mean_gradient(
             gradients = torch.autograd.grad(values.sum(), list(parameters.values()))
             for accumulated, gradient in zip(total.values(), gradients, strict=True):
                 accumulated += gradient
-            checksum += _checksum(batch, int(count))
+            loss += values.detach().double().sum()
+            checksum += checksum_of(batch, int(count))
             count += len(batch[0])
-    num_samples = int(count)
-    mu, _ = _means(parameters, total, count, reduce, "the Fisher's mean gradient")
-    return mu, num_samples, checksum
-
-
-def projections(
-    model: torch.nn.Module, losses: Losses, batch: tuple[torch.Tensor, ...], direction: dict[str, torch.Tensor]
-) -> torch.Tensor:
-    """
-    Returns `v . g_i` for every row of a batch, of shape `(batch,)`, by one forward-mode product: no per-sample gradient is
-    formed. `direction` is v by parameter name, float32.
-    """
-    parameters = {name: parameter.detach() for name, parameter in trainable_parameters(model).items()}
-    with sdpa_kernel(SDPBackend.MATH):
-        _, projected = jvp(
-            lambda values: losses(with_parameters(model, values), batch),
-            (parameters,),
-            ({name: direction[name] for name in parameters},),
-        )
-    return projected
-
-
-@torch.no_grad()
-def curvature_along(
-    model: torch.nn.Module,
-    losses: Losses,
-    batches: Iterable,
-    direction: dict[str, torch.Tensor],
-    steps: tuple[float, ...] = CURVATURE_STEPS,
-    reduce: Reduce = alone,
-    progress=None,
-    label: str = "loss",
-) -> list[float]:
-    """
-    Returns the second derivative of the mean loss along a unit direction, by central differences at each step length.
-
-    `kappa = (L(theta + e v) - 2 L(theta) + L(theta - e v)) / e^2`, on the same draws for every evaluation. Not clamped:
-    a negative value means that theta is no minimum along v. `label` names its passes, for `progress`.
-    """
-    parameters = {name: parameter.detach() for name, parameter in trainable_parameters(model).items()}
-
-    def mean_loss(step: float) -> float:
-        shifted = {name: parameter + step * direction[name] for name, parameter in parameters.items()}
-        sums = torch.zeros(2, dtype=torch.float64, device=next(iter(parameters.values())).device)
-        for batch in batches_to_do(progress, batches, f"{label} {step:+}", {"sums": sums}):
-            values = losses(with_parameters(model, shifted), batch)
-            sums += torch.stack([values.double().sum(), values.new_tensor(len(values), dtype=torch.float64)])
-        total, num_samples = reduce(sums)
-        return finite(total / num_samples, "the loss along the Fisher's direction").item()
-
-    with estimating(model):
-        here = mean_loss(0.0)
-        return [(mean_loss(step) - 2 * here + mean_loss(-step)) / step**2 for step in steps]
+    own_samples = int(count)
+    mu, num_samples = _means(parameters, total, count, reduce, "the Fisher's mean gradient")
+    return MeanGradient(mu, (reduce(loss) / num_samples).item(), own_samples, checksum)
 
 
 def gradient_trace(
@@ -200,7 +154,7 @@ def gradient_trace(
     with estimating(model):
         for batch in batches_to_do(progress, first_draws(batches, num_samples), "trace", {"sums": sums}):
             for gradients in _gradient_chunks(model, losses, batch, chunk_size):
-                sums[0] += sum(gradient.double().square().sum() for gradient in gradients.values())
+                sums[0] += sum(g.square_().sum(dtype=torch.float64) for g in gradients.values())
             sums[1] += len(batch[0])
     total, count = reduce(sums)
     return finite(total / count, "the Fisher's trace").item(), int(count)
@@ -221,12 +175,14 @@ def rank1_fisher(
 
     The paper's coefficient is `c* = E[(mu . g)^2] / |mu|^4`; stored are `v = mu / |mu|` and `m = E[(v . g)^2]`, with
     `c* mu mu^T = m v v^T`, because `|mu|^4` underflows. Both passes see the same draws, so that c* and mu belong to the
-    same gradients (the authors' code draws anew).
+    same gradients (the authors' code draws anew). No per-sample gradient is formed: mu is one backward pass a batch, and
+    `v . g_i` the central difference of row i's loss along v, by two forward passes. Together that is the arithmetic of
+    less than two epochs.
 
     Args:
         model (`torch.nn.Module`): the unwrapped network, at the finished task's weights.
         diagnostics (`bool`): also estimate the trace from per-sample gradients of the first 128 draws.
-        curvature (`bool`): also measure the curvature along v (five more forward passes over the draws).
+        curvature (`bool`): also measure the curvature along v (four more forward passes over the draws).
         chunk_size (`int`, *optional*): rows of per-sample gradients at a time, for the trace.
         reduce: sums a tensor over processes.
 
@@ -234,33 +190,17 @@ def rank1_fisher(
         ValueError: when there are no draws, the mean gradient is zero, or the second pass saw other draws.
         FloatingPointError: when an estimate is not finite.
     """
-    mu, count, checksum = mean_gradient(model, losses, batches, reduce, progress)
-    norm = math.sqrt(sum(tensor.square().sum().item() for tensor in mu.values()))
+    mean = mean_gradient(model, losses, batches, reduce, progress)
+    norm = math.sqrt(sum(tensor.square().sum().item() for tensor in mean.mu.values()))
     if norm == 0.0:
         raise ValueError("Fisher estimate: the mean gradient is zero, there is no direction")
-    direction = {name: (tensor / norm).float() for name, tensor in mu.items()}
-
-    # Second moment, draws, and their checksum.
-    sums = torch.zeros(3, dtype=torch.float64, device=checksum.device)
-    with estimating(model):
-        for batch in batches_to_do(progress, batches, "projections", {"sums": sums}):
-            sums[0] += projections(model, losses, batch, direction).double().square().sum()
-            sums[2] += _checksum(batch, int(sums[1]))
-            sums[1] += len(batch[0])
-    again = int(sums[1])
-    sums[2] = again != count or not torch.equal(sums[2], checksum)
-    total, num_samples, others = reduce(sums)
-    if others:
-        raise ValueError(f"Fisher estimate: the batches gave other draws the second time ({again} of {count})")
-    fisher = Rank1Fisher(
-        direction=direction,
-        second_moment=finite(total / num_samples, "the Fisher's second moment").item(),
-        mean_gradient_norm=norm,
-        num_samples=int(num_samples),
-    )
+    direction = {name: (tensor / norm).float() for name, tensor in mean.mu.items()}
+    draws = (mean.num_samples, mean.checksum)
+    second_moment, num_samples = second_moment_along(model, losses, batches, direction, draws, reduce, progress)
+    fisher = Rank1Fisher(direction, second_moment, norm, num_samples)
     if curvature:
         fisher.curvature, fisher.curvature_check = curvature_along(
-            model, losses, batches, direction, reduce=reduce, progress=progress
+            model, losses, batches, direction, reduce=reduce, progress=progress, here=mean.loss
         )
         measured = fisher.curvature, fisher.curvature_check
         if abs(measured[0] - measured[1]) > 0.2 * max(map(abs, measured)):
@@ -290,7 +230,7 @@ def diagonal_fisher(
     Squares of batch-mean gradients would be something else (0.37 of the trace at batches of 8).
 
     Returns:
-        `dict[str, torch.Tensor]` by parameter name, float32 (summed in float64), and the number of draws.
+        `dict[str, torch.Tensor]` by parameter name, float32 (chunks are summed in float64), and the number of draws.
 
     Raises:
         ValueError: when there are no draws.
@@ -302,7 +242,8 @@ def diagonal_fisher(
         for batch in batches_to_do(progress, batches, "diagonal", {**total, "count": count}):
             for gradients in _gradient_chunks(model, losses, batch, chunk_size):
                 for name, gradient in gradients.items():
-                    total[f"sum.{name}"] += gradient.square().sum(dim=0, dtype=torch.float64)
+                    # In place, and in float32 within a chunk: each pass over so many numbers costs as much as a gradient.
+                    total[f"sum.{name}"] += gradient.square_().sum(dim=0)
             count += len(batch[0])
     diagonal, num_samples = _means(parameters, total, count, reduce, "the Fisher's diagonal")
     return {name: finite(tensor.float(), "the Fisher's diagonal") for name, tensor in diagonal.items()}, num_samples

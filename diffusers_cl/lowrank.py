@@ -4,8 +4,9 @@ from collections.abc import Iterable
 
 import torch
 
+from .along import CURVATURE_STEPS, curvature_along, projections
 from .ewc import Rank1EWC
-from .fisher import CURVATURE_STEPS, curvature_along, mean_gradient, projections
+from .fisher import mean_gradient
 from .passes import Losses, Reduce, alone, batches_to_do, estimating, finite, trainable_parameters
 
 
@@ -52,8 +53,8 @@ def top_fisher_directions(
     """
     parameters = trainable_parameters(model)
     device = next(iter(parameters.values())).device
-    mu, _, _ = mean_gradient(model, losses, batches, reduce, progress)
-    start = torch.cat([tensor.flatten() for tensor in mu.values()])
+    mean = mean_gradient(model, losses, batches, reduce, progress)
+    start = torch.cat([tensor.flatten() for tensor in mean.mu.values()])
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(rank - 1, len(start), generator=generator, dtype=torch.float64).to(device)
     basis = torch.linalg.qr(torch.cat([start[None], noise]).T)[0].T

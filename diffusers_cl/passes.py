@@ -71,6 +71,12 @@ def batches_to_do(progress, batches: Iterable, name: str, sums: dict[str, torch.
     return batches if progress is None else progress.over(batches, name, sums)
 
 
+def checksum_of(batch: tuple[torch.Tensor, ...], start: int) -> torch.Tensor:
+    """Of rows by their position, so that the same labels on other images are other draws."""
+    positions = torch.arange(start + 1, start + 1 + len(batch[0]), dtype=torch.float64, device=batch[0].device)
+    return sum((tensor.double().reshape(len(tensor), -1).sum(dim=1) * positions).sum() for tensor in batch)
+
+
 def first_draws(batches: Iterable, num_samples: int) -> Iterator[tuple[torch.Tensor, ...]]:
     """
     Yields the first draws: over all processes where the batches know which these are (`batches.first`, as

@@ -4,8 +4,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections import Counter, deque
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +18,8 @@ from .errors import CheckpointError, DataError
 from .files import read_json, replacing
 from .images import UnreadableImageError, conversions, image_bytes, open_image, reading, to_uint8_array
 from .labels import image_paths
-from .processes import num_cores
 
 
-# Images that a thread takes at once.
-CHUNK = 16
-MAX_THREADS = 8
 # Bad images that the message names; it has three lines.
 NUM_NAMED = 2
 
@@ -48,20 +43,10 @@ def _check(entry: dict | None, split: ImageSplit) -> tuple[str, list[str], str |
 
 
 def _results(split: ImageSplit, positions: np.ndarray, progress: tqdm):
-    """Yields position, entry and [`_check`] of every row, in order, with few chunks in memory at a time."""
-    num_threads = min(MAX_THREADS, num_cores())
-    with ThreadPoolExecutor(num_threads) as pool:
-        waiting = deque()
-        chunks = np.split(positions, range(CHUNK, len(positions), CHUNK))
-        for number in range(len(chunks) + num_threads):
-            if number < len(chunks):
-                entries = split.dataset[chunks[number].tolist()][split.image_column]
-                results = pool.submit(lambda entries: [_check(entry, split) for entry in entries], entries)
-                waiting.append((chunks[number].tolist(), entries, results))
-            if waiting and number >= num_threads:
-                rows, entries, results = waiting.popleft()
-                yield from zip(rows, entries, results.result(), strict=True)
-                progress.update(len(rows))
+    """Yields position, entry and [`_check`] of every row, in order."""
+    for rows, entries, results in split.in_threads(lambda entry: _check(entry, split), positions):
+        yield from zip(rows, entries, results, strict=True)
+        progress.update(len(rows))
 
 
 def _identity(path: str | None) -> list:

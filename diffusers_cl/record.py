@@ -28,7 +28,7 @@ def versions() -> dict[str, str]:
 
 class RunRecord:
     """
-    What `run.json` says: seconds by phase, images, versions, device; it adds up over restarts.
+    What `run.json` says: seconds and CPU seconds by phase, images, versions, device; it adds up over restarts.
 
     Attributes:
         task (`int`): that the phases are of.
@@ -41,6 +41,8 @@ class RunRecord:
         before = read_json(self.file) if self.file.exists() else {}
         self.content = {
             "seconds": before.get("seconds", {}),
+            # Of this process and its threads: on a machine with other work they say more.
+            "cpu_seconds": before.get("cpu_seconds", {}),
             "images": before.get("images", {"trained": 0, "replayed": 0, "generated": 0}),
             "stored_bytes": before.get("stored_bytes", {}),
             "peak_memory_gib": before.get("peak_memory_gib", 0.0),
@@ -60,7 +62,7 @@ class RunRecord:
     @contextlib.contextmanager
     def phase(self, name: str):
         """Adds the seconds that the block takes to a phase; what goes wrong in it is told where it was."""
-        start = time.perf_counter()
+        started = time.perf_counter(), time.process_time()
         if self.accelerator.num_processes > 1:
             note_place(self.output_dir, self.task, name)
         try:
@@ -68,16 +70,18 @@ class RunRecord:
         except BaseException as error:
             place = f"task {self.task}, phase {name}"
             error.add_note(f"rank {rank()}, {place}" if self.accelerator.num_processes > 1 else place)
-            self._spend(name, time.perf_counter() - start)
+            self._spend(name, *started)
             # On a full disk, the first error says more.
             with contextlib.suppress(OSError):
                 self.write()
             raise
-        self._spend(name, time.perf_counter() - start)
+        self._spend(name, *started)
 
-    def _spend(self, name: str, elapsed: float) -> None:
-        for key in (name, "total"):
-            self.content["seconds"][key] = self.content["seconds"].get(key, 0.0) + elapsed
+    def _spend(self, name: str, start: float, cpu_start: float) -> None:
+        spent = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu_start}
+        for clock, elapsed in spent.items():
+            for key in (name, "total"):
+                self.content[clock][key] = self.content[clock].get(key, 0.0) + elapsed
 
     def stored(self, **tensors: dict[str, torch.Tensor] | None) -> None:
         """Notes the bytes that the method has to keep for the next task beside the model, by what they are."""

@@ -4,9 +4,9 @@ import copy
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DynamoBackend
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -14,30 +14,24 @@ from .config import TrainingConfig
 from .errors import CheckpointError
 from .files import publish_folder, remove_folder, verify_folder
 from .folders import CONSOLIDATION, MEMORY_NAME, task_folder
+from .memory import place_for
 from .randomness import permutation
 from .shards import tensors_digest
 from .tasks import TaskImages
 
 
 IMAGES_NAME = "images.safetensors"
-# Images stay on the training device if they take at most this share of what is free there.
-SHARE_OF_FREE_MEMORY = 0.25
-
-
-def _free_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
 
 
 def load_replay_images(folder: Path, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Returns the images (uint8) and class ids of a replay folder: on the device if they fit, else memory-mapped.
+    Returns the images (uint8) and class ids of a replay folder: on the device if they fit there, else in the machine's memory,
+    else memory-mapped ([`place_for`]).
     """
     tensors = load_file(folder / IMAGES_NAME)
     images, class_labels = tensors["images"], tensors["class_labels"]
-    if images.numel() <= SHARE_OF_FREE_MEMORY * _free_memory(device):
-        return images.to(device, copy=True), class_labels.to(device)
+    if (place := place_for(images.nbytes, device)) is not None:
+        return images.to(place, copy=True), class_labels.to(place)
     return images, class_labels
 
 
@@ -166,6 +160,10 @@ def update_replay(
         images, class_labels = memory["images"].to(accelerator.device), memory["class_labels"].to(accelerator.device)
     else:
         images, class_labels = None, torch.tensor([class_id for ids in earlier for class_id in ids])
+    dynamo = accelerator.state.dynamo_plugin
+    if teacher is not None and dynamo.backend != DynamoBackend.NO:
+        # As `prepare` does with the student.
+        teacher.compile(**dynamo.to_kwargs())
     replay.update(images, class_labels, teacher)
     return memory, generated
 

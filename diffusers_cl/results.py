@@ -209,23 +209,26 @@ def load_run(path: str | Path) -> Run:
     return Run(path, metrics, content.get("run"), model_config, content.get("scale"))
 
 
+def checkout_commit() -> str | None:
+    """Returns the commit of this checkout, with `-dirty` where tracked files were changed, `None` where git does not know it."""
+    describe = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*"]
+    try:
+        return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
 def join_result(run: Run, made_by: str | None, scale: float | None = None) -> dict:
     """
     Returns a finished run as one object, the content of a file under `results/`: `metrics` (`metrics.json`), `run`
-    (`run.json`), `model_config` (what `model_config_name_or_path` holds), `scale`, `made_by` and `commit`, of this
-    checkout, with `-dirty` where tracked files were changed and `None` where git does not know it.
+    (`run.json`), `model_config` (what `model_config_name_or_path` holds), `scale`, `made_by` and [`checkout_commit`].
     """
     if run.machine is None:
         raise ValueError(f"{run.path}: has no run.json")
     if not run.finished:
         raise ValueError(f"{run.path}: not all of its {len(run.metrics['tasks'])} tasks are finished")
-    describe = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*"]
-    try:
-        commit = subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = None
     result = {"metrics": run.metrics, "run": run.machine, "model_config": run.model_config}
-    return result | {"scale": scale, "made_by": made_by, "commit": commit}
+    return result | {"scale": scale, "made_by": made_by, "commit": checkout_commit()}
 
 
 def check_comparable(runs: list[Run], metric: str) -> None:

@@ -49,7 +49,8 @@ OWN_KEYS = (
     *("dataset_name", "dataset_config_name", "train_data_dir", "image_column", "label_column", "train_split"),
     *("eval_split", "max_train_samples", "tasks", "classes_per_task", "class_order", "num_class_embeds"),
     *("pretrained_model_name_or_path", "revision", "allow_known_classes", "model_config_name_or_path"),
-    *("num_threads", "mixed_precision", "allow_tf32", "feature_extractor_weights_path", "eval_classifier"),
+    *("num_threads", "mixed_precision", "dynamo_backend", "channels_last", "allow_tf32"),
+    *("feature_extractor_weights_path", "eval_classifier"),
 )
 # What the model, or the rows of its task matrix, cannot change any more.
 FIXED_KEYS = ("resolution", "prediction_type", "eval_num_inference_steps")

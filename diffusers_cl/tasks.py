@@ -86,12 +86,13 @@ class TaskImages(torch.utils.data.Dataset):
         return len(self.class_ids)
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        images = self.split.decode([index for _, index in keys])
+        indices = torch.tensor([index for _, index in keys])
+        images = self.split.decode(indices)
         if self.flip_key is not None:
             seed, *purpose = self.flip_key
             flipped = torch.tensor([derive_seed(seed, *purpose, *key) % 2 == 1 for key in keys])
-            images[flipped] = images[flipped].flip(-1)
-        return images, self.class_ids[[index for _, index in keys]]
+            images = torch.where(flipped.to(images.device)[:, None, None, None], images.flip(-1), images)
+        return images, self.class_ids[indices]
 
 
 class StepBatches(torch.utils.data.Sampler):

@@ -3,7 +3,6 @@
 import math
 
 import torch
-from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 
 import train_continual
@@ -52,7 +51,7 @@ def inject(what: str, moment: int = 1, phase: str | None = None, task: int = 0, 
         phase (`str`), task (`int`): for `fisher` and `images`, in which phase of which task.
         value (`float`): in place of the number.
     """
-    losses, clip = train_continual.denoising_losses, Accelerator.clip_grad_norm_
+    losses, norm = train_continual.denoising_losses, train_continual.get_total_norm
     if what == "loss":
         train_continual.denoising_losses = _at(moment, losses, lambda found, *_: found * value)
     elif what == "fisher":
@@ -60,13 +59,12 @@ def inject(what: str, moment: int = 1, phase: str | None = None, task: int = 0, 
         train_continual.denoising_losses = lambda *args: losses(*args) * (value if inside() else 1.0)
     elif what == "gradient":
 
-        def clipped(self, parameters, *rest):
-            parameters = list(parameters)
-            spoil_now(parameters)
-            return clip(self, parameters, *rest)
+        def measured(gradients):
+            spoil_now(gradients)
+            return norm(gradients)
 
-        spoil_now = _at(moment, lambda parameters: None, lambda found, parameters: _not_a_number(parameters[0].grad))
-        Accelerator.clip_grad_norm_ = clipped
+        spoil_now = _at(moment, lambda gradients: None, lambda found, gradients: _not_a_number(gradients[0]))
+        train_continual.get_total_norm = measured
     elif what == "penalty":
         Rank1EWC.__call__ = _at(moment, Rank1EWC.__call__, lambda found, *_: found * value)
     elif what == "ema":

@@ -7,8 +7,8 @@ import torch
 from estimate_helpers import NUM_TASKS, consolidated, flat, moved_along, num_parameters, value_and_gradient, weights
 
 from diffusers_cl import Rank1EWC, TrainingConfig
+from diffusers_cl.along import curvature_along
 from diffusers_cl.controls import L2Penalty, RandomDirectionEWC, random_direction
-from diffusers_cl.fisher import curvature_along
 from diffusers_cl.methods import create_penalty, create_replay
 
 

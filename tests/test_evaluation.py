@@ -103,6 +103,34 @@ def test_features_that_are_not_finite_stop_all_processes(monkeypatch, num_proces
     in_processes(num_processes, work)
 
 
+# Real images
+
+
+@pytest.mark.parametrize("recognises", [True, False])
+def test_features_of_real_images_are_extracted_once(tmp_path, recognises):
+    images, forwards = noise_images(7), []
+
+    def extractor(seed: int = 0) -> FeatureExtractor:
+        found = small_extractor(seed)
+        found.class_names = NAMES if recognises else None
+        found.network.register_forward_pre_hook(lambda *_: forwards.append(seed))
+        return found
+
+    expected, names = extractor()(images)
+    for _ in range(3):
+        # Of another start of a run each.
+        features, predictions = extractor().of_real_images(images, tmp_path)
+        assert features.dtype == torch.float64 and torch.equal(features, expected) and predictions == names
+    assert forwards == [0, 0] and (names is None) is not recognises
+    # What is not the same is not taken: weights, images, a damaged file.
+    extractor(1).of_real_images(images, tmp_path)
+    extractor().of_real_images(images[:6], tmp_path)
+    assert forwards == [0, 0, 1, 0]
+    for file in (tmp_path / "diffusers_cl").iterdir():
+        file.write_bytes(file.read_bytes()[:-8] + bytes(8))
+    assert torch.equal(extractor().of_real_images(images, tmp_path)[0], expected) and len(forwards) == 5
+
+
 # A whole evaluation
 
 

@@ -5,7 +5,8 @@ import torch
 from estimate_helpers import PENALTIES, Redrawn, consolidated, flat, moved_along, relative, value_and_gradient, weights
 
 from diffusers_cl import DiagonalEWC, Rank1EWC
-from diffusers_cl.fisher import curvature_along, diagonal_fisher, rank1_fisher
+from diffusers_cl.along import curvature_along
+from diffusers_cl.fisher import diagonal_fisher, rank1_fisher
 
 
 def test_auto_rank1_is_the_laplace_term(small_denoiser, make_batches, losses):

@@ -81,7 +81,7 @@ def test_penalties_need_torch_and_safetensors_only(tmp_path):
     )
     assert result.returncode == 0, result.stderr
     ours, all_modules = map(str.split, result.stdout.splitlines())
-    modules = ("ewc", "fisher", "passes", "quadratic", "strength")
+    modules = ("along", "ewc", "fisher", "passes", "quadratic", "strength")
     assert ours == ["diffusers_cl", *(f"diffusers_cl.{name}" for name in modules)]
     # What else the project depends on was not imported, by us or by what we import.
     others = {"accelerate", "datasets", "diffusers", "huggingface_hub", "jsonargparse", "matplotlib", "scipy"}

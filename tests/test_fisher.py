@@ -8,14 +8,8 @@ import torch
 from estimate_helpers import GRADIENT_RTOL, MOMENT_RTOL, by_name, flat, relative
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from diffusers_cl.fisher import (
-    curvature_along,
-    diagonal_fisher,
-    gradient_trace,
-    per_sample_gradients,
-    projections,
-    rank1_fisher,
-)
+from diffusers_cl.along import curvature_along, projections
+from diffusers_cl.fisher import diagonal_fisher, gradient_trace, per_sample_gradients, rank1_fisher
 
 
 class Quadratic(torch.nn.Module):

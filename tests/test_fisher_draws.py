@@ -11,10 +11,11 @@ from estimate_helpers import Redrawn, by_name, num_parameters
 from PIL import Image
 
 from diffusers_cl import DiagonalEWC, Rank1EWC
+from diffusers_cl.along import curvature_along
 from diffusers_cl.controls import L2Penalty, RandomDirectionEWC
 from diffusers_cl.data import ImageSplit
 from diffusers_cl.draws import FisherBatches
-from diffusers_cl.fisher import curvature_along, diagonal_fisher, gradient_trace, mean_gradient, rank1_fisher
+from diffusers_cl.fisher import diagonal_fisher, gradient_trace, mean_gradient, rank1_fisher
 from diffusers_cl.losses import denoising_losses
 from diffusers_cl.lowrank import LowRankEWC
 from diffusers_cl.passes import first_draws

@@ -6,7 +6,8 @@ import pytest
 import torch
 from estimate_helpers import GRADIENT_RTOL, MOMENT_RTOL, by_name, flat, num_parameters, relative
 
-from diffusers_cl.fisher import curvature_along, diagonal_fisher, gradient_trace, mean_gradient, rank1_fisher
+from diffusers_cl.along import curvature_along
+from diffusers_cl.fisher import diagonal_fisher, gradient_trace, mean_gradient, rank1_fisher
 
 
 @pytest.mark.parametrize("sizes", [[12], [1] * 12])

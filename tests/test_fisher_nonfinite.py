@@ -9,7 +9,8 @@ from estimate_helpers import consolidated
 from torture_fisher import PENALTIES, Interruption, task
 
 from diffusers_cl import DiagonalEWC, Rank1EWC
-from diffusers_cl.fisher import curvature_along, diagonal_fisher, gradient_trace, mean_gradient, rank1_fisher
+from diffusers_cl.along import curvature_along
+from diffusers_cl.fisher import diagonal_fisher, gradient_trace, mean_gradient, rank1_fisher
 from diffusers_cl.lowrank import top_fisher_directions
 
 
@@ -39,14 +40,15 @@ def lowrank_directions(model, losses, batches, reduce):
     return top_fisher_directions(model, losses, batches, 2, num_iterations=1, reduce=reduce)
 
 
-# One call of the losses is a pass, with one batch a process (two are, for two directions).
+# One call of the losses is a pass, with one batch a process (two are, for two directions and for a central difference).
 @pytest.mark.parametrize(
     ("estimate", "after", "named"),
     [
         (mean_gradient, 0, "the Fisher's mean gradient"),
         (rank1_fisher, 0, "the Fisher's mean gradient"),
         (rank1_fisher, 1, "the Fisher's second moment"),
-        (rank1_fisher, 2, "the loss along the Fisher's direction"),
+        (rank1_fisher, 2, "the Fisher's second moment"),
+        (rank1_fisher, 3, "the loss along the Fisher's direction"),
         (rank1_fisher, 6, "the loss along the Fisher's direction"),
         (rank1_fisher, 7, "the Fisher's trace"),
         (along, 0, "the loss along the Fisher's direction"),

@@ -99,7 +99,7 @@ def test_what_comes_out(whole):
 def test_a_timestep_is_that_of_its_draws(whole, run_folder):
     subject = open_subject(str(run_folder / "task-01"), "digits", torch.device("cpu"))
     draws = subject.draws(("timestep", 700), 8, (700, 701), 128)
-    mean, count, _ = mean_gradient(subject.unet, losses, draws)
+    mean, _, count, _ = mean_gradient(subject.unet, losses, draws)
     square = sum(tensor.square().sum().item() for tensor in mean.values())
     row = geometry(whole)["timesteps"]["rows"][1]
     assert count == 8 and row["mean_square"] == pytest.approx(square, rel=1e-4)

@@ -12,7 +12,7 @@ from PIL import Image
 from script_helpers import write_images
 from torture_data import damaged_data_folders
 
-from diffusers_cl import preflight
+from diffusers_cl import data, preflight
 from diffusers_cl.config import TrainingConfig
 from diffusers_cl.data import ImageSplit, load_splits
 from diffusers_cl.errors import DataError, StorageError
@@ -20,7 +20,7 @@ from diffusers_cl.preflight import scan
 
 
 # More than a chunk, so that chunks have to stay in order.
-COUNT = preflight.CHUNK + 5
+COUNT = data.CHUNK + 5
 NAMES = ["a", "b"]
 
 
@@ -217,7 +217,7 @@ def test_the_number_of_threads_changes_nothing(tmp_path, monkeypatch):
     found = []
     for threads, chunk in ((1, 1), (1, 16), (4, 3), (8, 100)):
         monkeypatch.setattr(os, "sched_getaffinity", lambda process, threads=threads: set(range(threads)))
-        monkeypatch.setattr(preflight, "CHUNK", chunk)
+        monkeypatch.setattr(data, "CHUNK", chunk)
         found.append(json.dumps(scan([as_split(contents)], NAMES, tmp_path, quiet=True)))
     assert len(set(found)) == 1
 

@@ -18,6 +18,8 @@ PENALTIES = {
     "l2": lambda: L2Penalty("auto"),
     "random_direction": lambda: RandomDirectionEWC("auto"),
 }
+# The most that a pass calls the losses for one batch: two for a central difference.
+CALLS_OF_A_BATCH = {"lowrank_ewc": 3, "l2": 1}
 
 
 class Interrupted(Exception):
@@ -98,7 +100,7 @@ def interruptions(folder: Path, count: int, seed: int = 0) -> dict:
             try:
                 state = consolidate(name, Shards(folder / str(number), {}, every), interruption, seed=number)
             except Interrupted:
-                lost += every * (3 if name == "lowrank_ewc" else 1)
+                lost += every * CALLS_OF_A_BATCH.get(name, 2)
             calls += interruption.calls
             if state is not None:
                 break

@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from diffusers_cl import __version__, fisher
+from diffusers_cl import __version__, along, fisher
 from diffusers_cl.checkpoint import PREFIX, list_checkpoints, read_state
 from diffusers_cl.config import NUM_TRAIN_TIMESTEPS, OPERATIONAL_KEYS, TrainingConfig
 from diffusers_cl.data import load_splits
@@ -217,13 +217,13 @@ def stiffness(task: Task, unet: UNet2DModel, v: torch.Tensor) -> dict:
         batches = list(task.draws(loss, "held out", HELD_OUT_DRAWS))
 
         def curvature(x: torch.Tensor, step: float = STEP, batches=batches) -> float:
-            return fisher.curvature_along(unet, losses, batches, by_name(x / x.norm(), unet), (step,))[0]
+            return along.curvature_along(unet, losses, batches, by_name(x / x.norm(), unet), (step,))[0]
 
         result |= {f"curvature along {name}, {loss} loss": curvature(x) for name, x in directions.items()}
         result[f"curvature along v, Hessian product, {loss} loss"] = (v @ hessian_product(unet, batches, v)).item()
         random = [curvature(x, RANDOM_STEP) for x in randoms]
         result |= {f"curvature along random, {loss} loss": float(np.mean(random)), f"... each, {loss} loss": random}
-        projected = torch.cat([fisher.projections(unet, losses, batch, by_name(v, unet)) for batch in batches])
+        projected = torch.cat([along.projections(unet, losses, batch, by_name(v, unet)) for batch in batches])
         m = projected.double().square().mean().item()
         trace, _ = fisher.gradient_trace(unet, losses, batches, HELD_OUT_DRAWS)
         result |= {f"m, {loss} loss": m, f"trace, {loss} loss": trace, f"m / trace, {loss} loss": m / trace}

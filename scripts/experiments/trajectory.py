@@ -18,7 +18,7 @@ from direction import Task, by_name, cosine, flat, losses
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
-from diffusers_cl import fisher
+from diffusers_cl import along, fisher
 from diffusers_cl.errors import DataError, RunError
 from diffusers_cl.files import write_json
 from diffusers_cl.gauss_newton import top_gauss_newton
@@ -59,7 +59,7 @@ def measure(task: Task, variant: str, step: int) -> dict:
     v, batches = mu / mu.norm(), list(task.draws("old", "held out", DRAWS))
     named = by_name(v, unet)
     with estimating(unet):
-        m = torch.cat([fisher.projections(unet, losses, b, named) for b in batches]).double().square().mean().item()
+        m = torch.cat([along.projections(unet, losses, b, named) for b in batches]).double().square().mean().item()
     trace, _ = fisher.gradient_trace(unet, losses, batches, 64, chunk_size=8)
     vectors, values, residual = top_gauss_newton(unet, predict, batches, v, BLOCK, NUM_ITERATIONS)
     return {
@@ -68,7 +68,7 @@ def measure(task: Task, variant: str, step: int) -> dict:
         "cosine_back": cosine(mu, direction_at(task, variant, step - BACK, "v again")) if step > BACK else None,
         "cosine_other_draws": cosine(mu, direction_at(task, variant, step, "v again")),
         "second_moment": m,
-        "curvature": fisher.curvature_along(unet, losses, batches, named)[0],
+        "curvature": along.curvature_along(unet, losses, batches, named)[0],
         "direction_share": m / trace,
         "gauss_newton": values[0],
         "gauss_newton_residual": residual,
