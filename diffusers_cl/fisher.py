@@ -230,7 +230,7 @@ def diagonal_fisher(
     Squares of batch-mean gradients would be something else (0.37 of the trace at batches of 8).
 
     Returns:
-        `dict[str, torch.Tensor]` by parameter name, float32 (chunks are summed in float64), and the number of draws.
+        `dict[str, torch.Tensor]` by parameter name, float32 (summed in float64), and the number of draws.
 
     Raises:
         ValueError: when there are no draws.
@@ -242,8 +242,8 @@ def diagonal_fisher(
         for batch in batches_to_do(progress, batches, "diagonal", {**total, "count": count}):
             for gradients in _gradient_chunks(model, losses, batch, chunk_size):
                 for name, gradient in gradients.items():
-                    # In place, and in float32 within a chunk: each pass over so many numbers costs as much as a gradient.
-                    total[f"sum.{name}"] += gradient.square_().sum(dim=0)
+                    # In place: each pass over so many numbers costs as much as a gradient.
+                    total[f"sum.{name}"] += gradient.square_().sum(dim=0, dtype=torch.float64)
             count += len(batch[0])
     diagonal, num_samples = _means(parameters, total, count, reduce, "the Fisher's diagonal")
     return {name: finite(tensor.float(), "the Fisher's diagonal") for name, tensor in diagonal.items()}, num_samples

@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 import torch
 from diffusers import UNet2DModel
-from estimate_helpers import NUM_TASKS, consolidated, num_parameters
+from estimate_helpers import NUM_TASKS, consolidated, flat, num_parameters, relative
 from safetensors.torch import load_file
 from script_helpers import arguments, finished_run, run
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -22,6 +22,8 @@ from diffusers_cl.report import read_json
 
 
 WITH_BOTH = {"penalty": "rank1_ewc", "penalty_mode": "loss", "replay": "generative_distillation"}
+# Of the weights: Adam makes whole steps of the rounding of gradients that are nearly 0.
+MAX_ROUNDING = 2e-2
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
 
@@ -223,13 +225,15 @@ def test_a_network_compiled_by_the_launcher_leaves_the_same_folders(files, tmp_p
     assert run(arguments(files, tmp_path, **WITH_BOTH)) == 0
     compiled = load_file(tmp_path / "task-01" / UNET)
     assert plain.keys() == compiled.keys()
-    for name, tensor in plain.items():
-        torch.testing.assert_close(compiled[name], tensor, rtol=1e-3, atol=1e-5)
+    assert relative(flat(compiled), flat(plain)) < MAX_ROUNDING
 
 
 def test_channels_last_changes_rounding_alone(files, tmp_path, plain):
     assert run(arguments(files, tmp_path, channels_last="true", **WITH_BOTH)) == 0
     last = load_file(tmp_path / "task-01" / UNET)
-    assert any(not torch.equal(plain[name], last[name]) for name in plain)
-    for name, tensor in plain.items():
-        torch.testing.assert_close(last[name], tensor, rtol=1e-2, atol=1e-3)
+    assert 0 < relative(flat(last), flat(plain)) < MAX_ROUNDING
+
+
+def test_another_seed_is_no_rounding(files, tmp_path, plain):
+    assert run(arguments(files, tmp_path, seed="1", **WITH_BOTH)) == 0
+    assert relative(flat(load_file(tmp_path / "task-01" / UNET)), flat(plain)) > 0.5
