@@ -2,7 +2,7 @@
 # make test     run the tests
 # make story    publish to a Hub on this machine, delete everything, go on from there with new classes
 # make torture  kill, damage and starve runs hundreds of times (half an hour), write results/torture.json
-# make benchmark  measure what things cost, as ratios (12 minutes), write results/benchmark-cpu.json
+# make benchmark  measure what things cost, as ratios (8 minutes), write results/benchmark-cpu.json
 # make style    lint and format, changing files
 # make quality  the same, changing nothing
 

@@ -266,7 +266,8 @@ def main(config: TrainingConfig, start: Start | None, lock: OutputLock, stop: St
         w_new, w_old = replay_weights(config.replay_weighting, task if replay else 0, config.distillation_weight)
 
         # The task's images, decoded once and kept where they fit; its length, in optimizer steps
-        task_rows = train_split.select(train_split.rows_of(phases[task])).load(device)
+        with record.phase("load"):
+            task_rows = train_split.select(train_split.rows_of(phases[task])).load(device)
         batches_per_epoch = math.ceil(len(task_rows.labels) / (config.train_batch_size * accelerator.num_processes))
         max_train_steps = math.ceil(batches_per_epoch * config.num_train_epochs / config.gradient_accumulation_steps)
         if config.max_train_steps is not None:

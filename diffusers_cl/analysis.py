@@ -49,7 +49,10 @@ def check_options(subject: Subject, options: Options) -> Plan:
 
 
 def subject_inputs(subject: Subject) -> dict:
-    """Returns all that the numbers are a function of beside the options, as JSON."""
+    """
+    Returns all that the numbers are a function of beside the options, as JSON; of the images the first ones as they are, all
+    others by the fingerprint that `datasets` has of their files.
+    """
     first = {
         name: getattr(subject, name).decode(range(min(64, len(getattr(subject, name).labels))))
         for name in ("train", "test")
@@ -59,6 +62,7 @@ def subject_inputs(subject: Subject) -> dict:
         "weights": tensors_digest(subject.unet.state_dict()),
         "scheduler": json.loads(subject.source.scheduler.to_json_string()),
         "images": tensors_digest(first | labels),
+        "fingerprints": [subject.train.dataset._fingerprint, subject.test.dataset._fingerprint],
         "tasks": subject.tasks,
         "seed": subject.seed,
         "device": subject.device.type,

@@ -189,10 +189,14 @@ def load_checkpoint(
     model.load_state_dict(weights)
     for key, tensor in moments.items():
         quantity, _, name = key.partition(".")
-        # A copy: the file is mapped, and goes when newer ones come.
-        optimizer.state[parameters[name]][quantity] = tensor.to(device, copy=True)
+        # A copy: the file is mapped, and goes when newer ones come. A fused optimizer wants the parameters' memory format.
+        parameter = parameters[name]
+        fits = tensor.shape == parameter.shape
+        optimizer.state[parameter][quantity] = (
+            torch.empty_like(parameter).copy_(tensor) if fits else tensor.to(device, copy=True)
+        )
     if ema_model is not None:
-        ema_model.shadow_params = [shadow[name].to(device, copy=True) for name in parameters]
+        ema_model.shadow_params = [torch.empty_like(p).copy_(shadow[name]) for name, p in parameters.items()]
         ema_model.optimization_step = state["ema_step"]
 
 

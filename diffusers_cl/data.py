@@ -78,11 +78,11 @@ class ImageSplit:
         place = place_for(math.prod(shape), device)
         if self.images is not None or place is None:
             return self
-        images = torch.empty(shape, dtype=torch.uint8)
-        for positions, entries, arrays in self.in_threads(self._pixels, np.arange(len(self.labels))):
-            for position, entry, array in zip(positions, entries, arrays, strict=True):
-                images[position] = self._checked(position, entry, array)
-        return replace(self, images=images.to(place))
+        images = torch.empty(shape, dtype=torch.uint8, device=place)
+        for positions, entries, found in self.in_threads(self._pixels, np.arange(len(self.labels))):
+            rows = zip(positions, entries, found, strict=True)
+            images[positions[0] : positions[-1] + 1] = torch.stack([self._checked(*row) for row in rows]).to(place)
+        return replace(self, images=images)
 
     def in_threads(self, function: Callable[[dict | None], object], positions: np.ndarray) -> Iterator[tuple]:
         """

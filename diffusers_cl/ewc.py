@@ -133,9 +133,7 @@ class Rank1EWC(_Penalty):
     kind = "rank1_ewc"
     quantities = ("direction",)
 
-    def __init__(self, ewc_lambda: float | str = 15_000.0):
-        super().__init__(ewc_lambda)
-        self._joined: Rank1Terms | None = None
+    _joined: Rank1Terms | None = None
 
     def _terms(self, parameters: dict[str, torch.nn.Parameter]) -> Rank1Terms:
         """All tasks' quadratics, in the parameters' order; joined anew when one has come or they were moved."""
@@ -189,6 +187,7 @@ class Rank1EWC(_Penalty):
 
     def _add_directions(self, directions: dict[str, torch.Tensor]) -> None:
         """Appends rows, `(rows, *parameter.shape)` by parameter name."""
+        self._joined = None
         known = self.tensors.setdefault("direction", {})
         for name, rows in directions.items():
             known[name] = torch.cat([known[name], rows]) if name in known else rows

@@ -5,7 +5,9 @@ import hashlib
 import json
 import pickle
 import urllib.error
+import warnings
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -26,7 +28,7 @@ from .classifier import (
 )
 from .config import TrainingConfig
 from .data import ImageSplit
-from .errors import CheckpointError, DataError, RunError, first_line
+from .errors import CheckpointError, DataError, RunError, StorageError, first_line
 from .fetch import CLASSIFIER_FILES, model_folder
 from .files import replacing
 from .inception import published_weights, tensors_alone
@@ -36,6 +38,7 @@ from .shards import load_tensors, save_tensors, tensors_digest
 # Of the digits, so that their distances are measured with one and the same network on every machine.
 ASSETS = Path(__file__).parent / "assets"
 BATCH_SIZE = 256
+PACKAGES = ("torch", "torch-fidelity", "torchvision", "transformers", "pillow")
 # In the consolidation folder of a task.
 EXTRACTOR_NAME = "extractor.safetensors"
 
@@ -122,22 +125,23 @@ class FeatureExtractor:
         """
         if self.gather is not None:
             return self(images)
-        device = torch.device(self.device)
+        device, processor = torch.device(self.device), getattr(self.network, "processor", None)
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.get_num_threads()
         precision = [torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision]
         inputs = {"images": tensors_digest({"images": images}), "extractor": self.info, "classes": self.class_names}
-        inputs |= {"torch": [torch.__version__, device.type, name, *precision]}
+        inputs |= {"device": [device.type, name, *precision], "versions": list(map(version, PACKAGES))}
+        inputs["processor"] = processor and json.loads(processor.to_json_string())
         file = Path(cache_dir or constants.HF_HOME) / "diffusers_cl" / f"features-{_key(inputs)}.safetensors"
         if (saved := load_tensors(file, inputs)) is None:
             features, predictions = self(images)
-            known = (
-                {}
-                if predictions is None
-                else {"predictions": [self.class_names.index(found) for found in predictions]}
-            )
-            saved = {"features": features, **{key: torch.tensor(value) for key, value in known.items()}}
-            with replacing(file) as own:
-                save_tensors(own, saved, inputs)
+            saved = {"features": features}
+            if predictions is not None:
+                saved["predictions"] = torch.tensor([self.class_names.index(found) for found in predictions])
+            try:
+                with replacing(file) as own:
+                    save_tensors(own, saved, inputs)
+            except (StorageError, OSError) as error:
+                warnings.warn(f"features of real images are not kept: {first_line(error)}", stacklevel=2)
         predictions = saved.get("predictions")
         return saved["features"], None if predictions is None else [self.class_names[i] for i in predictions]
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 
 import torch
+from torch.autograd.function import once_differentiable
 
 
 # Numbers that the parameters of one block have, at the most, unless a single one has more: so that small parameters share a
@@ -90,6 +91,7 @@ class Rank1Quadratic(torch.autograd.Function):
         return (0.5 * ctx.coefficients * distances).sum().float()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_output):
         return None, *ctx.terms.combined(ctx.coefficients * grad_output)
 
@@ -111,6 +113,7 @@ class DiagonalQuadratic(torch.autograd.Function):
         return (0.5 * total).float()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_output):
         rows = zip(ctx.weights, ctx.anchors, ctx.saved_tensors, strict=True)
         return None, None, *[(p - anchor).mul_(weight).mul_(grad_output) for weight, anchor, p in rows]

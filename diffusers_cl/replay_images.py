@@ -194,7 +194,7 @@ def extend_memory(
     for class_id in new_classes:
         rows = (images.class_ids == class_id).nonzero().flatten()
         chosen = rows[permutation(len(rows), seed, "memory", class_id)[:images_per_class]]
-        kept[class_id] = images.split.decode(chosen.tolist())
+        kept[class_id] = images.split.decode(chosen.tolist()).cpu()
     # Equally many rows a class, so that uniform draws are balanced.
     images_per_class = min(images_per_class, *map(len, kept.values()))
     return {

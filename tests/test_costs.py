@@ -7,10 +7,11 @@ from collections import Counter
 
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import UNet2DModel
 from estimate_helpers import NUM_TASKS, consolidated, flat, num_parameters, relative
 from safetensors.torch import load_file
-from script_helpers import arguments, finished_run, run
+from script_helpers import arguments, finished_run, interrupted_copy, read_log, run
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -88,7 +89,9 @@ def test_vectors_that_are_kept(tasks, losses, kind, vectors):
     size = num_parameters(tasks[0][0])
     state = {key: tensor for key, tensor in penalty.state_dict().items() if not key.startswith("statistics.")}
     assert sum(tensor.numel() for tensor in state.values()) == vectors * size
-    # Joining the directions holds none twice.
+    # Joining the directions holds none twice, before the next use and after it.
+    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in vectors_of(penalty)}
+    assert sum(held.values()) == 4 * vectors * size
     penalty(tasks[0][0])
     held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in vectors_of(penalty)}
     assert sum(held.values()) == 4 * vectors * size
@@ -100,7 +103,9 @@ def test_vectors_that_are_kept(tasks, losses, kind, vectors):
 
 
 def vectors_of(penalty):
-    return [tensor for tensors in penalty.tensors.values() for tensor in tensors.values()]
+    joined = getattr(penalty, "_joined", None)
+    matrices = [] if joined is None else joined.matrices
+    return [tensor for tensors in penalty.tensors.values() for tensor in tensors.values()] + matrices
 
 
 class Allocations(TorchDispatchMode):
@@ -222,7 +227,15 @@ def plain(tmp_path_factory):
 def test_a_network_compiled_by_the_launcher_leaves_the_same_folders(files, tmp_path, monkeypatch, plain):
     # `eager` traces and runs; a compiler takes a minute or two.
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    traced = []
+    compile_teacher, compile_student = torch.nn.Module.compile, torch.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda *a, **k: traced.append("teacher") or compile_teacher(*a, **k)
+    )
+    monkeypatch.setattr(torch, "compile", lambda *a, **k: traced.append("student") or compile_student(*a, **k))
     assert run(arguments(files, tmp_path, **WITH_BOTH)) == 0
+    # `Module.compile` calls `torch.compile` with what the module does.
+    assert traced.count("teacher") == 1 and traced.count("student") >= 2
     compiled = load_file(tmp_path / "task-01" / UNET)
     assert plain.keys() == compiled.keys()
     assert relative(flat(compiled), flat(plain)) < MAX_ROUNDING
@@ -232,6 +245,41 @@ def test_channels_last_changes_rounding_alone(files, tmp_path, plain):
     assert run(arguments(files, tmp_path, channels_last="true", **WITH_BOTH)) == 0
     last = load_file(tmp_path / "task-01" / UNET)
     assert 0 < relative(flat(last), flat(plain)) < MAX_ROUNDING
+
+
+def test_the_backend_that_the_configuration_names(monkeypatch, files, tmp_path):
+    backends = []
+
+    def refuse(*args, backend, **kwargs):
+        backends.append(backend)
+        raise RuntimeError("enough")
+
+    monkeypatch.setattr(torch, "compile", refuse)
+    with pytest.raises(RuntimeError, match="enough"):
+        run(arguments(files, tmp_path, dynamo_backend="inductor"))
+    assert backends == ["inductor"]
+
+
+def test_a_run_in_channels_last_goes_on_to_the_same_bits(files, tmp_path):
+    settings = {"channels_last": "true", "use_ema": "true", "checkpointing_steps": "2", "checkpoints_total_limit": "2"}
+    assert run(arguments(files, tmp_path / "whole", **settings)) == 0
+    # Of ten steps: within the second task.
+    kept = interrupted_copy(tmp_path / "whole", tmp_path / "part", 8, 1, replay=False)
+    assert run(arguments(files, kept, **settings)) == 0
+    whole, part = (load_file(tmp_path / name / "task-01" / UNET) for name in ("whole", "part"))
+    assert all(torch.equal(whole[name], part[name]) for name in whole)
+
+
+def test_trackers_get_every_so_many_steps(monkeypatch, files, tmp_path):
+    logged = []
+    log = Accelerator.log
+    monkeypatch.setattr(
+        Accelerator, "log", lambda self, values, step: logged.append((step, *values)) or log(self, values, step)
+    )
+    assert run(arguments(files, tmp_path, logging_steps="3", report_to="tensorboard")) == 0
+    # Two tasks of five steps; a task's last step is sent too.
+    assert [step for step, first, *_ in logged if first == "loss"] == [3, 5, 6, 9, 10]
+    assert len(read_log(tmp_path)) == 10
 
 
 def test_another_seed_is_no_rounding(files, tmp_path, plain):

@@ -87,9 +87,10 @@ def memory(name: str, num_tasks: int, device) -> list[dict]:
         for task in range(num_tasks):
             penalty.consolidate(model, losses, batches(name, 2 + task, 64, device), diagnostics=False)
             penalty(model)
-        held = sum(
-            tensor.nbytes for tensor in penalty.state_dict().values() if tensor.dim() > 1 or len(tensor) > num_tasks
-        )
+        tensors = [tensor for named in penalty.tensors.values() for tensor in named.values()]
+        tensors += penalty._joined.matrices if kind is Rank1EWC else []
+        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+        held = sum(storages.values())
         what = f"vectors kept after {num_tasks} tasks, {kind.kind}"
         lines.append(ratio_row(what, name, [round(held / size, 4)], f"<= {limit}", bytes=held))
     return lines

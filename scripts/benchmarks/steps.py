@@ -44,14 +44,12 @@ def penalties(
     replayed = tuple(tensor[: num_rows // 2] for tensor in batch)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
 
+    # Each turn ends with gradients that are there, whichever way round it goes.
     def passes() -> None:
+        optimizer.zero_grad()
         with torch.no_grad():
             losses(model, replayed)
         losses(model, batch).mean().backward()
-
-    def update() -> None:
-        optimizer.step()
-        optimizer.zero_grad()
 
     def in_the_loss(penalty) -> None:
         penalty(model).backward()
@@ -68,7 +66,7 @@ def penalties(
             "diagonal, in the loss": lambda penalty=diagonal: in_the_loss(penalty),
             "diagonal, decoupled": lambda penalty=diagonal: penalty.step(model, LEARNING_RATE),
             "flat vectors, in the loss": lambda penalty=flat: in_the_loss(penalty),
-            "update": update,
+            "update": optimizer.step,
         }
         with threads(num_threads or torch.get_num_threads()):
             lines += _lines(name, functions, device, repetitions, num_tasks, num_rows, rows_of_a_step)
@@ -83,7 +81,8 @@ def _lines(name, functions, device, repetitions, num_tasks, num_rows, rows_of_a_
     for kind in list(functions)[1:-1]:
         measured = {"step": steps, "with": [a + b for a, b in zip(steps, times[kind], strict=True)]}
         target = "<= 1.03" if kind.startswith("rank-1") else None
-        what = f"step with {kind}, {num_tasks} task{'s' * (num_tasks > 1)}"
+        reckoned = f" ({rows_of_a_step} rows, reckoned from {num_rows})" * (num_rows != rows_of_a_step)
+        what = f"step with {kind}, {num_tasks} task{'s' * (num_tasks > 1)}{reckoned}"
         lines.append(row(what, name, measured, "with", "step", target, **about))
     return lines
 

@@ -54,7 +54,6 @@ def row(
     over: str,
     under: str,
     target: str | None = None,
-    extra: list[float] | None = None,
     **details,
 ) -> dict:
     """
@@ -65,11 +64,9 @@ def row(
         times (`dict[str, list[float]]`): of [`in_turns`].
         over, under (`str`): names in it; the ratio is `over / under`.
         target (`str`, *optional*): such as `<= 1.05`.
-        extra (`list[float]`, *optional*): seconds to add to `over`, by repetition.
         details: goes into the file as it is.
     """
-    upper = times[over] if extra is None else [a + b for a, b in zip(times[over], extra, strict=True)]
-    ratios = [a / b for a, b in zip(upper, times[under], strict=True)]
+    ratios = [a / b for a, b in zip(times[over], times[under], strict=True)]
     medians = {name: statistics.median(values) for name, values in times.items()}
     return ratio_row(what, network, ratios, target, over=over, under=under, seconds=medians, **details)
 

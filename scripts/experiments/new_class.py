@@ -53,7 +53,8 @@ def run(folder: Path, *arguments: str | Path) -> dict:
     seconds = {phase: record[clock].get(phase, 0.0) for phase in ("replay", "train")}
     found = {"metric": name, "average": statistics.fmean(row), "old": statistics.fmean(row[:-1]), "new": row[-1]}
     images = {"trained": record["images"]["trained"], "replayed": record["images"]["replayed"]}
-    images["generated"] = record["images"]["generated"] - sum(metrics["num_images"][-1])
+    first = metrics["first_task"]
+    images["generated"] = record["images"]["generated"] - sum(map(sum, metrics["num_images"][first:]))
     about = {key: record[key] for key in ("device", "threads", "versions")}
     return {**found, "clock": clock, "seconds": seconds, "images": images, **about}
 
@@ -134,6 +135,8 @@ def plot(path: Path, summary: list[dict], title: str) -> None:
     axes.set(
         xlabel="seconds / those of the joint model", ylabel="average / the joint model's", xscale="log", title=title
     )
+    axes.set_xticks(TICKS, map(str, TICKS))
+    axes.minorticks_off()
     axes.legend(fontsize=8, frameon=False)
     figure.savefig(path, dpi=120, facecolor="white")
 
