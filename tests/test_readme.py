@@ -55,6 +55,14 @@ def test_named_options_exist():
     assert named <= known, named - known
 
 
+def test_the_table_of_costs_is_that_of_the_results():
+    (files,) = re.findall(r"<!-- benchmark.py (.*?) -->", README)
+    command = [sys.executable, str(ROOT / "scripts" / "benchmark.py"), "--table", *files.split()]
+    table = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    assert len(table.splitlines()) > 20
+    assert f"<!-- benchmark.py {files} -->\n\n{table}\n" in README
+
+
 def tables() -> list[str]:
     return re.findall(r"<!-- compare_runs.py (.*?) -->", README)
 

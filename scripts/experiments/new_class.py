@@ -124,6 +124,8 @@ def plot(path: Path, summary: list[dict], title: str) -> None:
     axes = figure.add_subplot()
     for number, method in enumerate(METHODS):
         points = [row for row in summary if row["method"] == method]
+        if not points:
+            continue
         x, y = ([row[key] for row in points] for key in ("seconds / joint's", "average / joint's"))
         low, high = zip(*(row["range"] for row in points), strict=True)
         axes.fill_between(x, low, high, color=f"C{number}", alpha=0.15, linewidth=0)
@@ -135,7 +137,7 @@ def plot(path: Path, summary: list[dict], title: str) -> None:
     axes.set(
         xlabel="seconds / those of the joint model", ylabel="average / the joint model's", xscale="log", title=title
     )
-    axes.set_xticks(TICKS, map(str, TICKS))
+    axes.set_xticks(TICKS, list(map(str, TICKS)))
     axes.minorticks_off()
     axes.legend(fontsize=8, frameon=False)
     figure.savefig(path, dpi=120, facecolor="white")
