@@ -24,7 +24,6 @@ from benchmarks.timing import threads
 
 from diffusers_cl.errors import ConfigError
 from diffusers_cl.files import write_json
-from diffusers_cl.plots import format_number
 from diffusers_cl.processes import num_cores
 from diffusers_cl.record import versions
 from diffusers_cl.report import read_json
@@ -128,7 +127,7 @@ def table(on_cpu: dict, on_gpu: dict | None = None, all_lines: bool = False) -> 
             if line is None:
                 cells += ["", ""]
                 continue
-            ratio, least, largest = (format_number(line[name]) for name in ("ratio", "least", "largest"))
+            ratio, least, largest = (f"{line[name]:.3f}" for name in ("ratio", "least", "largest"))
             word = {None: "", True: "", False: ": **not reached**"}[line["reached"]]
             cells += [f"{ratio} ({least} to {largest})", f"{line['target'] or ''}{word}"]
         text.append(f"| {' | '.join(cells)} |")

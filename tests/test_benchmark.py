@@ -114,7 +114,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
         benchmark.main(["--only", "two", "--output", str(output), "--threads", "99"])
     assert "of another machine" in capsys.readouterr().err
     assert benchmark.main(["--only", "one", "--output", str(output), *threads]) == 0
-    line = "| this | net | 1.50 (1.00 to 2.00) | <= 1.4: **not reached** |"
+    line = "| this | net | 1.500 (1.000 to 2.000) | <= 1.4: **not reached** |"
     assert f"{line}  |  |" in capsys.readouterr().out
     # The other machine's column.
     other = tmp_path / "other.json"
@@ -123,8 +123,8 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     other.write_text(json.dumps({"device": "a GPU", "lines": more}))
     assert benchmark.main(["--table", str(output), str(other)]) == 0
     shown = capsys.readouterr().out
-    assert f"{line} 1.00 (1.00 to 1.00) | <= 1.4 |" in shown
-    assert "| that | net |  |  | 3.00 (3.00 to 3.00) | >= 3 |" in shown and "beside" not in shown
+    assert f"{line} 1.000 (1.000 to 1.000) | <= 1.4 |" in shown
+    assert "| that | net |  |  | 3.000 (3.000 to 3.000) | >= 3 |" in shown and "beside" not in shown
     with pytest.raises(SystemExit):
         benchmark.main(["--only", "three", *threads])
     assert "allowed: one, two" in capsys.readouterr().err
