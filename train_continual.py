@@ -448,7 +448,7 @@ def main(config: TrainingConfig, start: Start | None, lock: OutputLock, stop: St
                     parts = torch.zeros(4, device=device)
                     progress_bar.set_postfix(loss=f"{values[0]:.4f}", lr=lr, refresh=False)
                     task_ends = global_step - step_before_task == max_train_steps
-                    # A tracker takes milliseconds.
+                    # TensorBoard takes most of a millisecond.
                     if finite and (task_ends or global_step % config.logging_steps == 0):
                         accelerator.log(logs, step=global_step)
                     if finite and accelerator.is_main_process:
