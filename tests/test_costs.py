@@ -221,7 +221,7 @@ def test_where_images_are_kept(monkeypatch):
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
     """The weights after a run with penalty and distillation, without options."""
-    return load_file(finished_run(tmp_path_factory, "plain", **WITH_BOTH) / "task-01" / UNET)
+    return load_file(finished_run(tmp_path_factory, "with_both", **WITH_BOTH) / "task-01" / UNET)
 
 
 def test_a_network_compiled_by_the_launcher_leaves_the_same_folders(files, tmp_path, monkeypatch, plain):
