@@ -37,7 +37,7 @@ def penalties(
     Returns the lines of penalties: a step with one, of `rows_of_a_step` rows, of which half are replayed and have a teacher,
     against the same step without.
 
-    A step is measured with `num_rows` rows (the paper's 256 take minutes on a CPU), and its forward and backward passes, but not
+    A step is measured with `num_rows` rows (the paper's 256 take a minute on two cores), and its forward and backward passes, but not
     the optimizer's part and not the penalty, count `rows_of_a_step / num_rows` times.
     """
     model, (batch,) = network(name, device), batches(name, num_rows, num_rows, device)
