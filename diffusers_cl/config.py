@@ -31,6 +31,13 @@ OPERATIONAL_KEYS = (
 # Never written anywhere.
 SECRET_KEYS = ("hub_token",)
 NUM_TRAIN_TIMESTEPS = 1000
+# arXiv 2510.02631, Sec. 5.3: the layers 40 to 54 of its network, by the names that they have in `UNet2DModel`.
+FUNLORA_LAYERS = (
+    "up_blocks.1.resnets.1.conv_shortcut",
+    "up_blocks.1.resnets.2.*",
+    "up_blocks.1.upsamplers.0.*",
+    "up_blocks.2.*",
+)
 
 
 @dataclass
@@ -130,8 +137,28 @@ class TrainingConfig:
     model_config_name_or_path: str | None = None
     """A `UNet2DModel` config (JSON file, folder or Hub id); by default the paper's network (37 M parameters). The script
     sets sample_size, in_channels, out_channels and num_class_embeds."""
+    objective: Literal["diffusion", "flow_matching"] = "diffusion"
+    """`diffusion`: DDIM's noise schedule, and `prediction_type`; `flow_matching`: straight paths from image to noise, and the
+    velocity along them."""
     prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
-    """What the network predicts."""
+    """What the network predicts, for `objective: diffusion`."""
+    adapter: Literal["none", "funlora"] = "none"
+    """`funlora`: after the first task, or the model that the run goes on from, the network is frozen, and every new class
+    gets a few parameters of its own: no replay, no penalty, nothing forgotten."""
+    adapter_layers: list[str] = dataclasses.field(default_factory=lambda: list(FUNLORA_LAYERS))
+    """The convolutions that a class adapts, by name or pattern (`up_blocks.*`)."""
+    adapter_ratio: int = 1
+    """A class's vectors are shorter by this ratio, and each of their numbers stands for so many channels."""
+    adapter_learning_rate: float | None = None
+    """Peak learning rate of tasks in which a frozen network is adapted; by default `learning_rate`."""
+    funlora_function: Literal["cosine", "power", "shift", "vanilla"] = "cosine"
+    """What raises the rank of a class's factor; `vanilla` leaves it at 1."""
+    funlora_terms: int = 10
+    """How many functions are summed up."""
+    funlora_learn_terms: bool = True
+    """Train the frequencies (`cosine`) or powers (`power`) too, and not the weights of the sum alone."""
+    train_class_embedding: bool = False
+    """Train an adapted class's embedding row as well, which is else the mean of the first task's rows."""
 
     # Training
     output_dir: str = "continual-model"
@@ -236,6 +263,9 @@ class TrainingConfig:
     feature_extractor: str = "inception"
     """`inception` (FID, KID), `classifier` (a small CNN trained here on the real training split: fd_classifier,
     accuracy), or a transformers image classifier (Hub id or folder)."""
+    generated_classifier_images: int | None = None
+    """After every task train a classifier on so many generated images of every class so far, and test it on the real ones
+    (LA, AIA); by default not."""
     eval_classifier: str | None = None
     """A transformers image classifier (Hub id or folder) for accuracy, in place of the feature extractor's own."""
     feature_extractor_weights_path: str | None = None

@@ -16,6 +16,7 @@ REPLAY_NAMES = {
     "lwf": "LwF",
     "memory": "memory",
 }
+ADAPTER_NAMES = {"funlora": "FunLoRA ({funlora_function})"}
 
 
 def method_name(config: dict) -> str:
@@ -32,6 +33,9 @@ def method_name(config: dict) -> str:
     if config["stream"] != "sequential":
         return config["stream"]
     parts, note = [], ""
+    # Results of before there were adapters do not say.
+    if (adapter := config.get("adapter", "none")) != "none":
+        parts.append(ADAPTER_NAMES[adapter].format_map(config))
     if config["penalty"] != "none":
         parts.append(PENALTY_NAMES[config["penalty"]].format_map(config))
         ewc_lambda = config["ewc_lambda"]

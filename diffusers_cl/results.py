@@ -141,6 +141,14 @@ def effective_config(config: dict) -> dict:
         unread |= {key for key in config if key.startswith("memory_")}
     elif config["memory_bytes"] is not None:
         unread.add("memory_images_per_class")
+    if config["objective"] != "diffusion":
+        unread.add("prediction_type")
+    if config["adapter"] == "none":
+        unread |= {key for key in config if key.startswith(("adapter_", "funlora_"))} | {"train_class_embedding"}
+    elif config["funlora_function"] == "vanilla":
+        unread |= {"funlora_terms", "funlora_learn_terms"}
+    elif config["funlora_function"] == "shift":
+        unread.add("funlora_learn_terms")
     if not config["use_ema"]:
         unread |= {key for key in config if key.startswith("ema_")}
     if config["max_train_steps"] is not None:

@@ -65,10 +65,21 @@ def validate(config: TrainingConfig) -> None:
         allowed = f"'none' with stream: {config.stream}, which has the real data"
         require(config.replay == "none", "replay", allowed)
         require(config.penalty == "none", "penalty", allowed)
+    if config.objective == "flow_matching":
+        require(
+            config.prediction_type == "epsilon", "prediction_type", "'epsilon', its default: a flow has a velocity"
+        )
+    if config.adapter != "none":
+        allowed = f"'none' with adapter: {config.adapter}, which forgets nothing"
+        require(config.replay == "none", "replay", allowed)
+        require(config.penalty == "none", "penalty", allowed)
+        require(config.stream == "sequential", "stream", f"'sequential' with adapter: {config.adapter}")
+        require(config.dynamo_backend != "inductor", "dynamo_backend", f"'no' with adapter: {config.adapter}")
+        require(len(config.adapter_layers) > 0, "adapter_layers", "at least one pattern")
     if (steps := config.max_train_steps) is not None:
         within = {0 < step < 2**31 for step in (steps if isinstance(steps, list) else [steps])} == {True}
         require(within, "max_train_steps", f"whole numbers from 1 to {2**31 - 1}, at least one")
-    positive = "learning_rate adam_epsilon max_grad_norm distillation_weight ema_inv_gamma ema_power hub_push_timeout"
+    positive = "learning_rate adapter_learning_rate adam_epsilon max_grad_norm distillation_weight ema_inv_gamma ema_power hub_push_timeout"
     for key in positive.split():
         require(getattr(config, key) is None or getattr(config, key) > 0, key, "positive numbers")
     for key in ("adam_beta1", "adam_beta2", "ema_max_decay"):
