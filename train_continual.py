@@ -39,6 +39,7 @@ from torch.nn.utils import get_total_norm
 from tqdm.auto import tqdm
 
 from diffusers_cl import __version__
+from diffusers_cl.adapters import adapt, as_pipeline, parameter_counts, with_adapter
 from diffusers_cl.arguments import parse_config
 from diffusers_cl.checkpoint import check_finite, load_checkpoint, save_checkpoint
 from diffusers_cl.config import NUM_TRAIN_TIMESTEPS, OPERATIONAL_KEYS, SECRET_KEYS, TrainingConfig
@@ -61,7 +62,7 @@ from diffusers_cl.losses import denoising_losses, training_target
 from diffusers_cl.methods import create_penalty, create_replay
 from diffusers_cl.models import create_unet, load_unet_config
 from diffusers_cl.output import OutputLock, check_output_dir, prepare_output_dir, write_status
-from diffusers_cl.pipeline import ClassConditionalPipeline, from_uint8
+from diffusers_cl.pipeline import from_uint8
 from diffusers_cl.plots import format_number
 from diffusers_cl.preflight import scan
 from diffusers_cl.processes import rank, refuse_sharded_parameters, set_num_threads
@@ -168,6 +169,7 @@ def main(config: TrainingConfig, start: Start | None, lock: OutputLock, stop: St
     min_rows = unet_config["num_class_embeds"] if start else 0
     layout = torch.channels_last if config.channels_last else torch.preserve_format
     unet = create_unet(unet_config, train_split.channels, class_ids, config, min_rows).to(device, memory_format=layout)
+    unet = with_adapter(unet, config)
     noise_scheduler = DDIMScheduler(num_train_timesteps=NUM_TRAIN_TIMESTEPS, prediction_type=config.prediction_type)
     if start is not None:
         noise_scheduler = DDIMScheduler.from_pretrained(start.folder, subfolder="scheduler")
@@ -227,7 +229,7 @@ def main(config: TrainingConfig, start: Start | None, lock: OutputLock, stop: St
         """Returns a function of class ids and noise keys that samples uint8 images, shared out over the processes."""
         return partial(
             sample_images,
-            ClassConditionalPipeline(unet, noise_scheduler),
+            as_pipeline(unet, noise_scheduler),
             seed=config.seed,
             num_inference_steps=num_inference_steps,
             batch_size=batch_size,
@@ -276,9 +278,11 @@ def main(config: TrainingConfig, start: Start | None, lock: OutputLock, stop: St
         step_before_task = global_step
 
         # Initialize the optimizer and the learning rate scheduler, anew for every task
+        earlier = [class_ids[name] for names in tasks[:task] for name in names]
+        learning_rate = adapt(unet, [class_ids[name] for name in phases[task]], earlier, config)
         optimizer = torch.optim.AdamW(
             unet.parameters(),
-            lr=config.learning_rate,
+            lr=learning_rate,
             betas=(config.adam_beta1, config.adam_beta2),
             weight_decay=config.adam_weight_decay,
             eps=config.adam_epsilon,
@@ -519,6 +523,7 @@ def main(config: TrainingConfig, start: Start | None, lock: OutputLock, stop: St
                 "stream": config.stream,
                 "first_task": 0 if start is None else start.task + 1,
                 **evaluation.report(rows),
+                "parameters": parameter_counts(unet, class_ids),
                 "fisher": fisher,
                 "config": {key: value for key, value in asdict(config).items() if key not in OPERATIONAL_KEYS},
             }
@@ -572,7 +577,7 @@ def main(config: TrainingConfig, start: Start | None, lock: OutputLock, stop: St
                     "feature_extractor_info": metrics["feature_extractor_info"],
                 }
                 repo_id = hub_model_id and task_repo_id(hub_model_id, task)
-                pipeline = ClassConditionalPipeline(unet, noise_scheduler, {class_ids[name]: name for name in seen})
+                pipeline = as_pipeline(unet, noise_scheduler, {class_ids[name]: name for name in seen})
                 write_task_folder(
                     output_dir, pipeline, penalty, memory, evaluation, state, grid, config, metrics, repo_id
                 )

@@ -9,6 +9,7 @@ from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from .adapters import load_adapters, split
 from .errors import CheckpointError, ConfigError
 from .ewc import WEIGHTS_NAME
 from .fisher import trainable_parameters
@@ -22,7 +23,7 @@ def load_weights(unet: torch.nn.Module, folder: str | Path, class_ids: list[int]
     Loads the weights of a task into a network that may have more classes.
 
     Args:
-        unet (`UNet2DModel`): with a class embedding.
+        unet (`UNet2DModel` or [`AdaptedUNet`]): with a class embedding.
         folder (`Path`): the task's.
         class_ids (`list[int]`, *optional*): the rows of the class embedding to take, where the network's others are as
             they should be; by default all, of as many as the network has.
@@ -31,16 +32,19 @@ def load_weights(unet: torch.nn.Module, folder: str | Path, class_ids: list[int]
         CheckpointError: when file, names or shapes do not fit.
     """
     path = Path(folder) / "unet" / SAFETENSORS_WEIGHTS_NAME
+    network, _ = split(unet)
     try:
         weights = load_file(path)
         if class_ids is not None:
-            rows = unet.state_dict()[EMBEDDING].clone()
+            rows = network.state_dict()[EMBEDDING].clone()
             rows[class_ids] = weights[EMBEDDING].to(rows)[class_ids]
             weights[EMBEDDING] = rows
-        unet.load_state_dict(weights)
+        network.load_state_dict(weights)
     except (OSError, SafetensorError, KeyError, IndexError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{path} does not fit the network of unet/config.json beside it: {reason}") from error
+    if network is not unet:
+        unet.adapters = load_adapters(folder, network)
 
 
 def pad_penalty(penalty, model: torch.nn.Module) -> None:

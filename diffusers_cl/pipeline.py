@@ -8,6 +8,7 @@ import json
 import numbers
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -54,6 +55,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
         id2label (`dict[str, str]` or `dict[int, str]`, *optional*):
             Class id to class name, of the classes that the model has seen: no others can be asked for. By default all
             rows of the model's class embedding, each named after its number.
+        adapters ([`FunLoRA`], *optional*):
+            Parameters of single classes, with which the frozen network is called in its place.
 
     Example:
 
@@ -69,6 +72,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "unet"
+    _optional_components = ["adapters"]
 
     # How model_index.json names a class that lies in the file pipeline.py beside it.
     _name_in_folder = ["pipeline", "ClassConditionalPipeline"]
@@ -78,10 +82,14 @@ class ClassConditionalPipeline(DiffusionPipeline):
     _source = Path(__file__).read_bytes()
 
     def __init__(
-        self, unet: ModelMixin, scheduler: SchedulerMixin, id2label: dict[str, str] | dict[int, str] | None = None
+        self,
+        unet: ModelMixin,
+        scheduler: SchedulerMixin,
+        id2label: dict[str, str] | dict[int, str] | None = None,
+        adapters: ModelMixin | None = None,
     ):
         super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler)
+        self.register_modules(unet=unet, scheduler=scheduler, adapters=adapters)
 
         num_classes = self._num_classes
         if id2label is not None:
@@ -90,7 +98,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
             id2label = {str(int(class_id)): id2label[class_id] for class_id in sorted(id2label, key=int)}
             if len(set(id2label.values())) < len(id2label):
                 raise ValueError(f"id2label gives two classes one name: {id2label}")
-            if num_classes is not None and any(int(class_id) >= num_classes for class_id in id2label):
+            own = [] if adapters is None else adapters.class_ids
+            if num_classes is not None and any(int(id) >= num_classes and int(id) not in own for id in id2label):
                 raise ValueError(f"id2label has ids beyond the model's {num_classes} classes: {id2label}")
         elif num_classes is None:
             raise ValueError("unet has no class embedding (num_class_embeds is not set): pass id2label")
@@ -249,9 +258,10 @@ class ClassConditionalPipeline(DiffusionPipeline):
         # Schedulers branch on the timestep and so keep it on the host, the model takes it on the device: one copy of
         # all timesteps, or else every step waits for the device.
         timesteps = self.scheduler.timesteps.to(images.device)
+        model = self.unet if self.adapters is None else partial(self.adapters, self.unet)
         for t, timestep in zip(self.progress_bar(self.scheduler.timesteps), timesteps, strict=True):
             sample = self.scheduler.scale_model_input(images, t)
-            model_output = self.unet(sample, timestep.expand(len(class_ids)), class_labels=class_labels).sample
+            model_output = model(sample, timestep.expand(len(class_ids)), class_labels=class_labels).sample
             images = self.scheduler.step(model_output, t, images, **step_kwargs).prev_sample
         return images
 
@@ -267,6 +277,9 @@ class ClassConditionalPipeline(DiffusionPipeline):
         """Returns the text of model_index.json, which names this class as the one in the folder's pipeline.py."""
         config = json.loads(super().to_json_string())
         config["_class_name"] = self._name_in_folder
+        if self.adapters is not None:
+            # Where diffusers looks for a component's own code: in its folder.
+            config["adapters"] = ["funlora", "FunLoRA"]
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
     def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:

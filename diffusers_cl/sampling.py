@@ -12,6 +12,7 @@ import torch
 from torchvision.utils import make_grid
 from tqdm.auto import tqdm
 
+from .adapters import load_adapters
 from .errors import CheckpointError, ConfigError, NonFiniteError, RunError, first_line
 from .fetch import PIPELINE_FILES, model_folder
 from .files import read_json
@@ -67,7 +68,8 @@ def load_pipeline(
         networks = (diffusers.UNet2DModel, diffusers.DiTTransformer2DModel)
         unet = _component(folder, "unet", networks, use_safetensors=True)
         scheduler = _component(folder, "scheduler", (diffusers.SchedulerMixin,))
-        pipeline = ClassConditionalPipeline(unet, scheduler, read_json(folder / "model_index.json").get("id2label"))
+        id2label = read_json(folder / "model_index.json").get("id2label")
+        pipeline = ClassConditionalPipeline(unet, scheduler, id2label, load_adapters(folder, unet))
     except (RunError, OSError, ValueError, RuntimeError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{what} cannot be loaded: {first_line(error)}") from error
     # diffusers only warns of tensors that are not in the file, and leaves them without data.
@@ -91,8 +93,9 @@ def image_grid(images: torch.Tensor, columns: int) -> PIL.Image.Image:
 
 def _all_inputs(pipeline, class_labels, noise_keys, seed: int, num_inference_steps: int, batch_size: int) -> dict:
     """All that sampled images are a function of, as JSON."""
+    weights = [part.state_dict() for part in (pipeline.unet, pipeline.adapters) if part is not None]
     return {
-        "weights": tensors_digest(pipeline.unet.state_dict()),
+        "weights": [tensors_digest(tensors) for tensors in weights],
         "scheduler": json.loads(pipeline.scheduler.to_json_string()),
         "images": hashlib.sha256(json.dumps([class_labels, list(noise_keys)]).encode()).hexdigest(),
         "seed": seed,

@@ -9,6 +9,7 @@ from pathlib import Path
 import huggingface_hub
 from huggingface_hub.errors import RemoteEntryNotFoundError
 
+from .adapters import ADAPTER_KEYS, ADAPTERS
 from .config import OPERATIONAL_KEYS, TrainingConfig
 from .errors import CheckpointError, ConfigError, DataError, RunError
 from .fetch import check_files, hub_faults, pinned
@@ -35,7 +36,8 @@ NO_TASK = (
 )
 # What a task folder may consist of; nothing else is fetched or copied.
 ALLOWED_FILES = re.compile(
-    r"model_index\.json|README\.md|samples\.png|pipeline\.py|funlora\.py|(unet|scheduler)/\w+\.json"
+    r"model_index\.json|README\.md|samples\.png|pipeline\.py|(unet|scheduler|adapters)/\w+\.json"
+    r"|adapters/(funlora\.py|filters\.py|class-\d+\.safetensors)"
     r"|unet/diffusion_pytorch_model\.safetensors|consolidation/\w+\.(json|safetensors)"
 )
 # Of a state, what going on reads.
@@ -204,6 +206,12 @@ def check_start(start: Start, config: TrainingConfig) -> None:
             raise ConfigError(
                 f"{key} is {getattr(config, key)!r}; allowed: {start.state['config'][key]!r}, which {start.model} has"
             )
+    if (start.folder / ADAPTERS).exists():
+        for key in ADAPTER_KEYS:
+            if getattr(config, key) != (found := start.state["config"].get(key)):
+                raise ConfigError(
+                    f"{key} is {getattr(config, key)!r}; allowed: {found!r}, as {start.model} is adapted"
+                )
     name = start.state["feature_extractor_info"]["name"]
     if config.feature_extractor != name and {"classifier", "inception"} & {config.feature_extractor, name}:
         raise ConfigError(

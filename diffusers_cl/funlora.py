@@ -1,0 +1,321 @@
+"""
+FunLoRA (Enescu and Sahbi, arXiv 2510.02631): a few parameters a class, that scale the filters of a frozen network. This file,
+with filters.py beside it, is part of diffusers-cl (Apache-2.0) and is published with every adapted model, so that it can be
+sampled where diffusers-cl is not installed: it needs torch, diffusers, and the safetensors that diffusers needs.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.unets.unet_2d import UNet2DOutput
+from safetensors.torch import load_file, save_file
+
+from .filters import (
+    EMBEDDING,
+    FUNCTIONS,
+    adapted_modules,
+    find_layers,
+    frozen_digest,
+    functional_matrix,
+    group_rows,
+    read_class,
+    starting_terms,
+)
+
+
+MAX_TERMS = 1000
+
+
+class FunLoRA(ModelMixin, ConfigMixin):
+    r"""
+    The adapters of a class-conditional network, one for each class that is learned after it was frozen: every filter
+    `W[o, i]` of an adapted convolution becomes `W[o, i] F(A B^T)[o, i]` (arXiv 2510.02631, Eq. 5 to 8), with vectors `A`
+    and `B` of the class and the layer that start as ones. A class's parameters touch no other class: what the network draws
+    of old classes stays as it is, bit by bit.
+
+    ```python
+    adapters = FunLoRA.from_unet(unet, first_class_ids=[0, 1])   # freezes it
+    adapters.add_class(2, unet)                                  # its parameters are all that trains
+    prediction = adapters(unet, noisy_images, timesteps, class_labels=class_labels).sample
+    ```
+
+    Args:
+        layers (`dict[str, list[int]]`): the adapted convolutions, by name in the network: output and input channels.
+        embedding_dim (`int`): of the class embedding.
+        first_class_ids (`list[int]`): of the classes that the network was trained on as a whole.
+        base (`str`): [`frozen_digest`] of the network.
+        function (`str`), num_terms (`int`): see [`functional_matrix`]; `vanilla` has no terms.
+        learn_terms (`bool`): whether frequencies or powers are trained; they are 1, 2, ... otherwise.
+        ratio (`int`): vectors are shorter by this, and each entry of `F` stands for `ratio x ratio` filters (Sec. 5.3,
+            "Reduced Parameters": for neighbours, which the text leaves open).
+        train_class_embedding (`bool`): whether a class's embedding row is trained; the mean of the first classes' rows
+            otherwise.
+
+    Raises:
+        ValueError: for an unknown function, a number of terms out of range, and a ratio that does not divide the channels
+            of a layer.
+    """
+
+    config_name = "config.json"
+    # Read while the class is made: when it is saved, the files may be another model's (as with the pipeline's own).
+    _sources = {name: (Path(__file__).parent / name).read_bytes() for name in ("funlora.py", "filters.py")}
+
+    @register_to_config
+    def __init__(
+        self,
+        layers: dict[str, list[int]],
+        embedding_dim: int,
+        first_class_ids: list[int],
+        base: str,
+        function: str = "cosine",
+        num_terms: int = 10,
+        learn_terms: bool = True,
+        ratio: int = 1,
+        train_class_embedding: bool = False,
+    ):
+        super().__init__()
+        if function not in FUNCTIONS:
+            raise ValueError(f"function {function!r} is not one of {', '.join(FUNCTIONS)}")
+        fewest = 2 if function == "cosine" else 1
+        if not fewest <= num_terms <= MAX_TERMS:
+            raise ValueError(f"num_terms is {num_terms}; allowed: {fewest} to {MAX_TERMS} for {function}")
+        if unfit := [name for name, sizes in layers.items() if any(size % ratio for size in sizes)]:
+            sizes = " and ".join(map(str, layers[unfit[0]]))
+            raise ValueError(
+                f"ratio is {ratio}, which does not divide the {sizes} channels of {unfit[0]}, nor those of"
+                f" {len(unfit) - 1} of the {len(layers) - 1} other layers; allowed: what divides all"
+            )
+        self.classes = nn.ModuleDict()
+        self._cached: dict[tuple[int, str], tuple[list, torch.Tensor]] = {}
+
+    @classmethod
+    def from_unet(cls, unet: nn.Module, first_class_ids: Sequence[int], patterns: Sequence[str] = ("*",), **options):
+        """
+        Returns adapters without classes for a network, which is frozen.
+
+        Args:
+            unet (`UNet2DModel`): with a class embedding.
+            first_class_ids (`list[int]`): of the classes that it was trained on.
+            patterns (`list[str]`): names of the convolutions to adapt, with `*` for any text.
+            options: as in the class.
+
+        Raises:
+            ValueError: as [`find_layers`] and the class.
+        """
+        layers = find_layers(unet, patterns)
+        dim = getattr(unet, EMBEDDING).embedding_dim
+        adapters = cls(layers, dim, list(first_class_ids), frozen_digest(unet), **options)
+        unet.requires_grad_(False)
+        return adapters
+
+    @property
+    def class_ids(self) -> list[int]:
+        """Of the classes that have adapters."""
+        return [int(class_id) for class_id in self.classes]
+
+    def _shapes(self) -> dict[str, int]:
+        """The lengths of all vectors of a class by name."""
+        lengths = {EMBEDDING: self.config.embedding_dim}
+        for name, sizes in self.config.layers.items():
+            lengths |= {
+                f"{name}.{vector}": size // self.config.ratio for vector, size in zip("AB", sizes, strict=True)
+            }
+            if self.config.function != "vanilla":
+                lengths[f"{name}.w"] = self.config.num_terms
+            if self.config.function in ("cosine", "power") and self.config.learn_terms:
+                lengths[f"{name}.omega"] = self.config.num_terms
+        return lengths
+
+    @property
+    def parameters_per_class(self) -> int:
+        """How many parameters are trained for a class (the paper's PPC)."""
+        lengths = self._shapes()
+        return sum(lengths.values()) - (not self.config.train_class_embedding) * lengths[EMBEDDING]
+
+    def _add(self, class_id: int, tensors: dict[str, torch.Tensor]) -> None:
+        """A class with these parameters, in modules of the layers' names."""
+        if class_id in self.class_ids:
+            raise ValueError(f"class {class_id} has adapters already")
+        self.classes[str(class_id)] = module = nn.Module()
+        for name, tensor in tensors.items():
+            *path, vector = name.split(".")
+            layer = module
+            for part in path:
+                if part not in layer._modules:
+                    layer.add_module(part, nn.Module())
+                layer = layer._modules[part]
+            layer.register_parameter(vector, nn.Parameter(tensor))
+
+    def add_class(self, class_id: int, unet: nn.Module) -> None:
+        """
+        Adds a class, whose output is at first that of the frozen network with the mean of the first classes' rows as class
+        embedding; or, for one of the first classes, with its own.
+
+        Raises:
+            ValueError: when the class has adapters already.
+        """
+        rows, first = getattr(unet, EMBEDDING).weight.detach(), self.config.first_class_ids
+        start = starting_terms(self.config.function, self.config.num_terms)
+        tensors = {}
+        for name, length in self._shapes().items():
+            vector = name.rpartition(".")[2]
+            tensors[name] = start[vector].clone() if vector in start else torch.ones(length)
+        tensors[EMBEDDING] = rows[class_id].clone() if class_id in first else rows[first].mean(dim=0)
+        self._add(class_id, {name: tensor.to(rows.device) for name, tensor in tensors.items()})
+
+    def remove_class(self, class_id: int) -> None:
+        """Takes a class's adapters away; raises a `ValueError` where it has none."""
+        if class_id not in self.class_ids:
+            raise ValueError(f"class {class_id} has no adapters; {self.class_ids} have")
+        del self.classes[str(class_id)]
+        self._cached = {key: value for key, value in self._cached.items() if key[0] != class_id}
+
+    def train_only(self, class_ids: Sequence[int]) -> None:
+        """Lets the parameters of these classes require gradients, and of no others."""
+        self.requires_grad_(False)
+        for class_id in class_ids:
+            module = self.classes[str(class_id)].requires_grad_(True)
+            getattr(module, EMBEDDING).requires_grad_(self.config.train_class_embedding)
+
+    def importance(self) -> dict[int, dict[str, float]]:
+        """
+        Returns, by class and layer, how far the vectors `A` and `B` are from the ones that they started from: the mean of
+        the absolute differences over the entries of both (arXiv 2510.02631, Eq. 20, put together from its text). The paper
+        takes it of `vanilla` adapters of all layers.
+        """
+        return {
+            class_id: {
+                name: (torch.cat([layer.A, layer.B]) - 1).abs().mean().item()
+                for name, layer in ((name, self._layer(class_id, name)) for name in self.config.layers)
+            }
+            for class_id in self.class_ids
+        }
+
+    def _layer(self, class_id: int, name: str) -> nn.Module:
+        return self.classes[str(class_id)].get_submodule(name)
+
+    def _in_training(self, class_ids: list[int]) -> list[int]:
+        """Classes in training that are not among these. They get a gradient of zero, for whoever expects one of all."""
+        name = next(iter(self.config.layers))
+        return [c for c in self.class_ids if c not in class_ids and self._layer(c, name).A.requires_grad]
+
+    def _compute(self, name: str, class_ids: list[int], others: Sequence[int] = ()) -> torch.Tensor:
+        """`F` of a layer for classes, of shape `(classes, out, in)`."""
+        layers = [self._layer(class_id, name) for class_id in (*class_ids, *others)]
+        keys = [key for key, _ in layers[0].named_parameters()]
+        stacked = {key: torch.stack([getattr(layer, key) for layer in layers])[: len(class_ids)] for key in keys}
+        return functional_matrix(self.config.function, **stacked, ratio=self.config.ratio)
+
+    def _factors(self, name: str, class_ids: list[int], others: list[int]) -> list[torch.Tensor]:
+        """`F` of a layer for each class; without gradients computed once, as long as no parameter changes."""
+        if torch.is_grad_enabled():
+            return list(self._compute(name, class_ids, others))
+        for class_id in class_ids:
+            # Every update in place counts.
+            version = [(p.data_ptr(), p._version) for p in self._layer(class_id, name).parameters()]
+            if self._cached.get((class_id, name), ((),))[0] != version:
+                self._cached[class_id, name] = version, self._compute(name, [class_id])[0]
+        return [self._cached[class_id, name][1] for class_id in class_ids]
+
+    def forward(self, unet: nn.Module, sample: torch.Tensor, timestep, class_labels: torch.Tensor) -> UNet2DOutput:
+        """
+        Returns what the adapted network predicts. Rows of one class are taken together: an adapted convolution runs once for
+        every class in the batch, on its rows, and once for all rows of classes without adapters. Without gradients, the
+        factors of a class are computed once.
+
+        Args:
+            unet (`UNet2DModel`): the frozen network.
+            sample (`torch.Tensor` of shape `(batch, channels, height, width)`).
+            timestep (`torch.Tensor` of shape `(batch,)`, or one for all rows).
+            class_labels (`torch.Tensor` of shape `(batch,)`): class ids.
+
+        Raises:
+            ValueError: when the network is not one that the adapters fit.
+        """
+        order, groups = group_rows(class_labels.tolist(), self.class_ids)
+        adapted = [class_id for class_id, _ in groups if class_id is not None]
+        if not adapted:
+            return unet(sample, timestep, class_labels=class_labels)
+        if order is not None:
+            order = torch.tensor(order, device=sample.device)
+            sample, class_labels = sample[order], class_labels[order]
+            if isinstance(timestep, torch.Tensor) and timestep.shape == class_labels.shape:
+                timestep = timestep[order]
+        others = self._in_training(adapted) if torch.is_grad_enabled() else []
+        sizes, frozen = [size for _, size in groups], [None] * (len(groups) - len(adapted))
+        rows = torch.stack([getattr(self.classes[str(c)], EMBEDDING) for c in (*adapted, *others)])[: len(adapted)]
+        modules = adapted_modules(unet, self.config.layers, self.config.embedding_dim)
+        try:
+            modules[EMBEDDING].groups_of_rows = list(zip(sizes, [*frozen, *rows], strict=True))
+            for name in self.config.layers:
+                factors = self._factors(name, adapted, others)
+                modules[name].groups_of_rows = list(zip(sizes, [*frozen, *factors], strict=True))
+            output = unet(sample, timestep, class_labels=class_labels)
+        finally:
+            for module in modules.values():
+                module.groups_of_rows = None
+        return output if order is None else UNet2DOutput(sample=output.sample[order.argsort()])
+
+    def save_class(self, class_id: int, path: str | os.PathLike, name: str | None = None) -> None:
+        """
+        Saves a class in one safetensors file, which [`load_class`] takes.
+
+        Args:
+            class_id (`int`), path (`Path`).
+            name (`str`, *optional*): of the class, for whoever loads it.
+        """
+        about = {key: value for key, value in self.config.items() if not key.startswith("_") and key != "class_ids"}
+        tensors = {key: tensor.detach().cpu() for key, tensor in self.classes[str(class_id)].state_dict().items()}
+        save_file(tensors, path, {"funlora": json.dumps({**about, "class_id": class_id, "name": name})})
+
+    def load_class(self, path: str | os.PathLike, class_id: int | None = None) -> None:
+        """
+        Adds the class of a file.
+
+        Args:
+            path (`Path`).
+            class_id (`int`, *optional*): to have in place of its own.
+
+        Raises:
+            ValueError: when it was made for another frozen network or with other settings, when its parameters do not fit,
+                or the id is taken.
+        """
+        about = read_class(path)
+        for key in ("base", "layers", "function", "num_terms", "learn_terms", "ratio"):
+            ours, theirs = (json.dumps(config.get(key), sort_keys=True) for config in (self.config, about))
+            if ours != theirs:
+                raise ValueError(
+                    f"{path} was made with {key} {theirs:.80}; allowed: {ours:.80}, which these adapters have"
+                )
+        class_id = about["class_id"] if class_id is None else class_id
+        tensors = load_file(path)
+        if {key: list(tensor.shape) for key, tensor in tensors.items()} != {k: [n] for k, n in self._shapes().items()}:
+            raise ValueError(f"{path} has other parameters than its settings say")
+        self._add(class_id, tensors)
+
+    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
+        """Saves config.json, a file for every class, and the code that `DiffusionPipeline` loads them with."""
+        os.makedirs(save_directory, exist_ok=True)
+        self.register_to_config(class_ids=self.class_ids)
+        self.save_config(save_directory)
+        for class_id in self.class_ids:
+            self.save_class(class_id, Path(save_directory) / f"class-{class_id}.safetensors")
+        for name, content in self._sources.items():
+            (Path(save_directory) / name).write_bytes(content)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, torch_dtype=None, **kwargs):
+        """Returns the adapters of a folder from [`save_pretrained`]; they, and what diffusers passes beside, are not trained."""
+        config = dict(cls.load_config(pretrained_model_name_or_path))
+        class_ids = config.pop("class_ids")
+        adapters = cls.from_config(config)
+        for class_id in class_ids:
+            adapters.load_class(Path(pretrained_model_name_or_path) / f"class-{class_id}.safetensors", class_id)
+        adapters.requires_grad_(False).eval()
+        return adapters if torch_dtype is None else adapters.to(torch_dtype)
