@@ -278,8 +278,9 @@ def main(config: TrainingConfig, start: Start | None, lock: OutputLock, stop: St
         step_before_task = global_step
 
         # Initialize the optimizer and the learning rate scheduler, anew for every task
-        earlier = [class_ids[name] for names in tasks[:task] for name in names]
-        learning_rate = adapt(unet, [class_ids[name] for name in phases[task]], earlier, config)
+        learning_rate = adapt(
+            unet, phases[task], [name for names in tasks[:task] for name in names], class_ids, config
+        )
         optimizer = torch.optim.AdamW(
             unet.parameters(),
             lr=learning_rate,

@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "ClassConditionalPipeline": "pipeline",
     "DiagonalEWC": "ewc",
+    "FunLoRA": "funlora",
     "GenerativeDistillation": "replay",
     "GenerativeReplay": "replay",
     "LearningWithoutForgetting": "replay",
@@ -17,6 +18,7 @@ _PUBLIC = {
     "TrainingConfig": "config",
     "denoising_losses": "losses",
     "diagonal_fisher": "fisher",
+    "load_pipeline": "sampling",
     "per_sample_gradients": "fisher",
     "rank1_fisher": "fisher",
     "training_target": "losses",

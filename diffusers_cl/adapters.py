@@ -59,28 +59,33 @@ def as_pipeline(unet: nn.Module, noise_scheduler, id2label: dict[int, str] | Non
     return ClassConditionalPipeline(unet, noise_scheduler, id2label, adapters)
 
 
-def adapt(unet: nn.Module, class_ids: Sequence[int], earlier_ids: Sequence[int], config: TrainingConfig) -> float:
+def adapt(
+    unet: nn.Module, names: Sequence[str], earlier: Sequence[str], class_ids: dict[str, int], config: TrainingConfig
+) -> float:
     """
     Prepares a network for a task and returns its learning rate. With an adapter, all of it is frozen but the new classes'
     own parameters; before there are earlier classes it is trained as a whole.
 
     Args:
         unet (`UNet2DModel` or [`AdaptedUNet`]): of the run, which changes.
-        class_ids (`list[int]`): of the task.
-        earlier_ids (`list[int]`): of the classes that were learned before it.
+        names (`list[str]`): the classes of the task.
+        earlier (`list[str]`): those that were learned before it.
+        class_ids (`dict[str, int]`): of the stream.
         config ([`TrainingConfig`]): its adapter keys.
 
     Raises:
         ConfigError: when no convolution is named as in `adapter_layers`, or the ratio does not divide the channels of one.
     """
-    if config.adapter == "none" or not earlier_ids:
+    if config.adapter == "none" or not earlier:
         return config.learning_rate
     if unet.adapters is None:
-        unet.adapters = _new_adapters(unet.unet, earlier_ids, config)
-    for class_id in class_ids:
-        if class_id not in unet.adapters.class_ids:
-            unet.adapters.add_class(class_id, unet.unet)
-    unet.adapters.train_only(class_ids)
+        unet.adapters = _new_adapters(unet.unet, [class_ids[name] for name in earlier], config)
+    # As it is loaded, a network is not frozen.
+    unet.unet.requires_grad_(False)
+    for name in names:
+        if class_ids[name] not in unet.adapters.class_ids:
+            unet.adapters.add_class(class_ids[name], unet.unet, name)
+    unet.adapters.train_only([class_ids[name] for name in names])
     return config.adapter_learning_rate or config.learning_rate
 
 

@@ -72,7 +72,7 @@ def _check(settings: dict, where: str) -> None:
 
 def _from_text(key: str, text: str):
     """Returns what the command line says: text as it is typed where no number is allowed, otherwise YAML."""
-    options = (TYPES[key], *get_args(TYPES[key]))
+    options = (TYPES[key], *(get_args(TYPES[key]) if get_origin(TYPES[key]) is not list else ()))
     if not text.strip() or (str in options and float not in options):
         return text
     try:

@@ -116,21 +116,31 @@ def _sampling_lines(pipeline: ClassConditionalPipeline, config: TrainingConfig, 
         "```",
         "",
     ]
+    is_adapted = pipeline.adapters is not None
+    code = "`pipeline.py` and `adapters/funlora.py`, which need" if is_adapted else "`pipeline.py`, which needs"
+    own = [
+        "from diffusers_cl import ClassConditionalPipeline",
+        "ClassConditionalPipeline.from_pretrained",
+        ", use_safetensors=True",
+    ]
+    if is_adapted:
+        own = ["from diffusers_cl import load_pipeline", "load_pipeline", ""]
     lines = [
-        "With diffusers alone. This runs the repo's `pipeline.py`, which needs nothing but torch and diffusers:",
+        f"With diffusers alone. This runs the repo's {code} nothing but torch and diffusers:",
         *["", "```python", "import torch", "from diffusers import DiffusionPipeline", ""],
         f"pipe = DiffusionPipeline.from_pretrained({repo}, trust_remote_code=True){note}",
         *draw,
         "`pipe.known_classes` has the names by id; a class is asked for by either.",
         "",
         "With diffusers-cl. No code of the repo is run, and what was downloaded once loads offline (`HF_HUB_OFFLINE=1`):",
-        *["", "```python", "import torch", "from diffusers_cl import ClassConditionalPipeline", ""],
-        f"pipe = ClassConditionalPipeline.from_pretrained({repo}, use_safetensors=True){note}",
+        *["", "```python", "import torch", own[0], ""],
+        f"pipe = {own[1]}({repo}{own[2]}){note}",
         *draw,
     ]
     scheduler = type(pipeline.scheduler)
     # All that this pipeline of diffusers can drive.
-    if isinstance(pipeline.unet, UNet2DModel) and "generator" in inspect.signature(scheduler.step).parameters:
+    is_plain = isinstance(pipeline.unet, UNet2DModel) and not is_adapted
+    if is_plain and "generator" in inspect.signature(scheduler.step).parameters:
         lines += [
             "With diffusers alone and no code of the repo. Here classes are ids:",
             *["", "```python", "import torch"],
@@ -284,6 +294,12 @@ def model_card(
     colours = {1: "greyscale", 3: "RGB"}.get(pipeline.unet.config.in_channels, "latent")
     size = f"{config.resolution}x{config.resolution} {colours}"
     how = STREAMS[config.stream] if len(learned) > 1 else "It learned them in one task"
+    if pipeline.adapters is not None:
+        num_own, first = pipeline.adapters.parameters_per_class, len(pipeline.adapters.config.first_class_ids)
+        how += (
+            f". The network was frozen after its first {count(first, 'class')}; every later one has {num_own:,} parameters of its"
+            " own (FunLoRA, arXiv 2510.02631), one file in `adapters/`"
+        )
     if config.replay == "memory":
         how += ", but for a few real images of every class that are kept"
     if previous := state["lineage"]["previous"]:

@@ -36,7 +36,8 @@ def find_layers(unet: nn.Module, patterns: Sequence[str]) -> dict[str, list[int]
         for name, module in unet.named_modules()
         if isinstance(module, nn.Conv2d) and module.groups == 1
     }
-    layers = {name: sizes for name, sizes in found.items() if any(fnmatchcase(name, p) for p in patterns)}
+    # By name: as JSON will have them.
+    layers = {name: sizes for name, sizes in sorted(found.items()) if any(fnmatchcase(name, p) for p in patterns)}
     if not layers:
         names = f"it has {', '.join(found)}" if found else "it has none, so that there is nothing to adapt"
         raise ValueError(f"no convolution of the network is named {', '.join(patterns)}; {names}")
@@ -193,6 +194,7 @@ def read_class(path: str | os.PathLike) -> dict:
     """
     with safe_open(path, framework="pt") as file:
         about = json.loads((file.metadata() or {}).get("funlora", "null"))
-    if not isinstance(about, dict) or type(about.get("class_id")) is not int or about["class_id"] < 0:
+    is_whole = isinstance(about, dict) and type(about.get("class_id")) is int and about["class_id"] >= 0
+    if not is_whole or not isinstance(about.get("name"), str | None):
         raise ValueError(f"{path} is not the file of a class")
     return about

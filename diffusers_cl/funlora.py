@@ -91,7 +91,7 @@ class FunLoRA(ModelMixin, ConfigMixin):
                 f"ratio is {ratio}, which does not divide the {sizes} channels of {unfit[0]}, nor those of"
                 f" {len(unfit) - 1} of the {len(layers) - 1} other layers; allowed: what divides all"
             )
-        self.classes = nn.ModuleDict()
+        self.classes, self.names = nn.ModuleDict(), {}
         self._cached: dict[tuple[int, str], tuple[list, torch.Tensor]] = {}
 
     @classmethod
@@ -138,13 +138,14 @@ class FunLoRA(ModelMixin, ConfigMixin):
         lengths = self._shapes()
         return sum(lengths.values()) - (not self.config.train_class_embedding) * lengths[EMBEDDING]
 
-    def _add(self, class_id: int, tensors: dict[str, torch.Tensor]) -> None:
+    def _add(self, class_id: int, tensors: dict[str, torch.Tensor], name: str | None) -> None:
         """A class with these parameters, in modules of the layers' names."""
         if class_id in self.class_ids:
             raise ValueError(f"class {class_id} has adapters already")
-        self.classes[str(class_id)] = module = nn.Module()
-        for name, tensor in tensors.items():
-            *path, vector = name.split(".")
+        module = self.classes[str(class_id)] = nn.Module()
+        self.names[class_id] = name
+        for key, tensor in tensors.items():
+            *path, vector = key.split(".")
             layer = module
             for part in path:
                 if part not in layer._modules:
@@ -152,7 +153,7 @@ class FunLoRA(ModelMixin, ConfigMixin):
                 layer = layer._modules[part]
             layer.register_parameter(vector, nn.Parameter(tensor))
 
-    def add_class(self, class_id: int, unet: nn.Module) -> None:
+    def add_class(self, class_id: int, unet: nn.Module, name: str | None = None) -> None:
         """
         Adds a class, whose output is at first that of the frozen network with the mean of the first classes' rows as class
         embedding; or, for one of the first classes, with its own.
@@ -163,17 +164,17 @@ class FunLoRA(ModelMixin, ConfigMixin):
         rows, first = getattr(unet, EMBEDDING).weight.detach(), self.config.first_class_ids
         start = starting_terms(self.config.function, self.config.num_terms)
         tensors = {}
-        for name, length in self._shapes().items():
-            vector = name.rpartition(".")[2]
-            tensors[name] = start[vector].clone() if vector in start else torch.ones(length)
+        for key, length in self._shapes().items():
+            vector = key.rpartition(".")[2]
+            tensors[key] = start[vector].clone() if vector in start else torch.ones(length)
         tensors[EMBEDDING] = rows[class_id].clone() if class_id in first else rows[first].mean(dim=0)
-        self._add(class_id, {name: tensor.to(rows.device) for name, tensor in tensors.items()})
+        self._add(class_id, {key: tensor.to(rows.device) for key, tensor in tensors.items()}, name)
 
     def remove_class(self, class_id: int) -> None:
         """Takes a class's adapters away; raises a `ValueError` where it has none."""
         if class_id not in self.class_ids:
             raise ValueError(f"class {class_id} has no adapters; {self.class_ids} have")
-        del self.classes[str(class_id)]
+        del self.classes[str(class_id)], self.names[class_id]
         self._cached = {key: value for key, value in self._cached.items() if key[0] != class_id}
 
     def train_only(self, class_ids: Sequence[int]) -> None:
@@ -262,17 +263,12 @@ class FunLoRA(ModelMixin, ConfigMixin):
                 module.groups_of_rows = None
         return output if order is None else UNet2DOutput(sample=output.sample[order.argsort()])
 
-    def save_class(self, class_id: int, path: str | os.PathLike, name: str | None = None) -> None:
-        """
-        Saves a class in one safetensors file, which [`load_class`] takes.
-
-        Args:
-            class_id (`int`), path (`Path`).
-            name (`str`, *optional*): of the class, for whoever loads it.
-        """
+    def save_class(self, class_id: int, path: str | os.PathLike) -> None:
+        """Saves all that there is of a class in one safetensors file, which [`load_class`] takes."""
         about = {key: value for key, value in self.config.items() if not key.startswith("_") and key != "class_ids"}
+        about |= {"class_id": class_id, "name": self.names[class_id]}
         tensors = {key: tensor.detach().cpu() for key, tensor in self.classes[str(class_id)].state_dict().items()}
-        save_file(tensors, path, {"funlora": json.dumps({**about, "class_id": class_id, "name": name})})
+        save_file(tensors, path, {"funlora": json.dumps(about, sort_keys=True)})
 
     def load_class(self, path: str | os.PathLike, class_id: int | None = None) -> None:
         """
@@ -297,7 +293,7 @@ class FunLoRA(ModelMixin, ConfigMixin):
         tensors = load_file(path)
         if {key: list(tensor.shape) for key, tensor in tensors.items()} != {k: [n] for k, n in self._shapes().items()}:
             raise ValueError(f"{path} has other parameters than its settings say")
-        self._add(class_id, tensors)
+        self._add(class_id, tensors, about.get("name"))
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
         """Saves config.json, a file for every class, and the code that `DiffusionPipeline` loads them with."""

@@ -277,8 +277,10 @@ class ClassConditionalPipeline(DiffusionPipeline):
         """Returns the text of model_index.json, which names this class as the one in the folder's pipeline.py."""
         config = json.loads(super().to_json_string())
         config["_class_name"] = self._name_in_folder
-        if self.adapters is not None:
-            # Where diffusers looks for a component's own code: in its folder.
+        if self.adapters is None:
+            del config["adapters"]
+        else:
+            # diffusers looks for the code of a component of its own in the component's folder.
             config["adapters"] = ["funlora", "FunLoRA"]
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
 

@@ -212,6 +212,26 @@ def plot_losses(path: Path, log: dict[str, np.ndarray]) -> None:
     _save(figure, path)
 
 
+def plot_importance(path: Path, importance: dict[str, dict[str, float]]) -> None:
+    """
+    Saves how far every adapted layer is from where it started: the mean over classes, with their standard deviation.
+
+    Args:
+        path (`Path`): the PNG file.
+        importance (`dict[str, dict[str, float]]`): by class and layer, from [`FunLoRA.importance`].
+    """
+    layers = list(next(iter(importance.values())))
+    values = np.array([[found[layer] for layer in layers] for found in importance.values()])
+    figure = Figure(figsize=(8, 1.2 + 0.19 * len(layers)), layout="constrained")
+    axes = figure.add_subplot()
+    axes.barh(range(len(layers)), values.mean(axis=0), xerr=values.std(axis=0), color="C0", ecolor="0.3", height=0.7)
+    axes.set_yticks(range(len(layers)), layers, fontsize=7, parse_math=False)
+    axes.invert_yaxis()
+    axes.set_xlabel(f"mean |entry - 1| of a class's vectors, over {len(values)} class{'es' * (len(values) > 1)}")
+    axes.grid(alpha=0.25, axis="x")
+    _save(figure, path)
+
+
 def crop_class(path: str | Path, row: int, resolution: int, columns: int) -> np.ndarray:
     """
     Returns the first images of one class in a sample grid ([`sampling.image_grid`]), side by side, without the frame.

@@ -7,7 +7,7 @@ import numpy as np
 
 from .markup import plain
 from .names import dataset_name, method_name
-from .plots import format_number, plot_curves, plot_heat_map, plot_losses, read_train_log
+from .plots import format_number, plot_curves, plot_heat_map, plot_importance, plot_losses, read_train_log
 
 
 HIGHER_IS_BETTER = ("accuracy", "recall")
@@ -204,6 +204,8 @@ def _write_plots(output_dir: Path, metrics: dict) -> None:
             "the task just learned": [[row[-1] for row in matrix]],
         }
         plot_curves(plots / "average.png", curves, tasks, f"{name} (lower is better)", floor)
+    if importance := metrics.get("parameters", {}).get("importance"):
+        plot_importance(plots / "importance.png", importance)
     log = output_dir / "logs" / "train_log.jsonl"
     if log.exists():
         plot_losses(plots / "losses.png", read_train_log(log))
@@ -276,6 +278,12 @@ def write_report(output_dir: str | Path) -> Path:
             "noise. Second moment: of the gradients along their mean's direction; its share of the trace would be 1 for "
             "a Fisher of rank 1. Measured curvature: of the task's loss in that direction.",
             _fisher_table(metrics),
+        ),
+        *section(
+            "Adapted layers",
+            "How far a layer's vectors are from the ones that they started from, in the mean over its entries: the mean over"
+            " classes, and their standard deviation (arXiv 2510.02631, Eq. 20 and 21).",
+            picture("plots/importance.png", "Importance of every adapted layer"),
         ),
         *(_machine_lines(read_json(run)) if run.exists() else []),
         *["<details><summary>Configuration</summary>", "", "```yaml"],

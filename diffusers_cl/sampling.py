@@ -27,7 +27,7 @@ GRID_PADDING = 4
 GRID_PADDING_VALUE = 96
 
 
-def choose_device(name: str | None) -> torch.device:
+def choose_device(name: str | torch.device | None) -> torch.device:
     """Returns a device by name, by default the accelerator where there is one; raises a `ConfigError` without it."""
     try:
         device = torch.device(name or torch.accelerator.current_accelerator(check_available=True) or "cpu")
@@ -49,21 +49,22 @@ def _component(folder: Path, name: str, kinds: tuple[type, ...], **options):
 
 
 def load_pipeline(
-    model: str | Path, device: torch.device, what: str, revision: str | None = None
+    model: str | Path, device: torch.device | str | None = None, what: str | None = None, revision: str | None = None
 ) -> ClassConditionalPipeline:
     """
     Returns the pipeline of a task folder or Hub repo. No code of it is run or fetched, nothing is unpickled.
 
     Args:
         model (`str`): the folder or repo.
-        device (`torch.device`).
-        what (`str`): names it in messages.
+        device (`torch.device`, *optional*): by default the accelerator where there is one.
+        what (`str`, *optional*): names it in messages.
         revision (`str`, *optional*): the repo's branch, tag or commit.
 
     Raises:
         CheckpointError: when it cannot be loaded, or lacks weights.
     """
     try:
+        what = what or str(model)
         folder, _ = model_folder(model, revision, PIPELINE_FILES)
         networks = (diffusers.UNet2DModel, diffusers.DiTTransformer2DModel)
         unet = _component(folder, "unet", networks, use_safetensors=True)
@@ -75,7 +76,7 @@ def load_pipeline(
     # diffusers only warns of tensors that are not in the file, and leaves them without data.
     if missing := [name for name, parameter in pipeline.unet.named_parameters() if parameter.is_meta]:
         raise CheckpointError(f"{what} lacks weights: {', '.join(missing)}")
-    return pipeline.to(device)
+    return pipeline.to(choose_device(device))
 
 
 def to_pil(images: torch.Tensor) -> list[PIL.Image.Image]:

@@ -1,0 +1,242 @@
+"""A stream with an adapter: what a run trains, keeps, saves and goes on from, and who can load it."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from script_helpers import arguments, finished_run, interrupted_copy, run, write_images
+
+from diffusers_cl.adapters import add_class, remove_class
+from diffusers_cl.errors import CheckpointError, ConfigError
+from diffusers_cl.pipeline import ClassConditionalPipeline
+from diffusers_cl.results import effective_config
+from diffusers_cl.sampling import load_pipeline
+
+
+UNET = "unet/diffusion_pytorch_model.safetensors"
+ADAPTED = {
+    "adapter": "funlora",
+    "adapter_layers": '["up_blocks.*", "mid_block.*"]',
+    "adapter_learning_rate": 0.01,
+    "replay": "none",
+    "penalty": "none",
+    "use_ema": "true",
+}
+
+
+@pytest.fixture(scope="module")
+def adapted_run(tmp_path_factory):
+    return finished_run(tmp_path_factory, "adapted", tasks="[[0, 1], [2, 3], [4]]", **ADAPTED)
+
+
+def read_json(path):
+    return json.loads(path.read_text())
+
+
+def load(folder) -> ClassConditionalPipeline:
+    return load_pipeline(folder, torch.device("cpu"), str(folder))
+
+
+def draw(pipeline, *labels) -> torch.Tensor:
+    noise = torch.randn(len(labels), 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    return pipeline(list(labels), 3, latents=noise, output_type="latent").images
+
+
+def test_the_network_is_frozen_after_the_first_task(adapted_run):
+    first, second, third = (adapted_run / f"task-0{task}" for task in range(3))
+    assert (first / UNET).read_bytes() == (second / UNET).read_bytes() == (third / UNET).read_bytes()
+    assert not (first / "adapters").exists()
+    names = ["class-2.safetensors", "class-3.safetensors", "config.json", "filters.py", "funlora.py"]
+    assert sorted(path.name for path in (second / "adapters").iterdir()) == names
+    for name in names[:2]:
+        assert (third / "adapters" / name).read_bytes() == (second / "adapters" / name).read_bytes()
+    assert (third / "adapters" / "class-4.safetensors").exists()
+    # They did train, from where they start.
+    vectors = load_file(second / "adapters" / "class-2.safetensors")
+    moved = [name for name, vector in vectors.items() if name.endswith(".A") and not (vector == 1).all()]
+    assert len(moved) == sum(name.endswith(".A") for name in vectors)
+    rows = load_file(first / UNET)["class_embedding.weight"]
+    assert torch.equal(vectors["class_embedding"], rows[:2].mean(dim=0))
+
+
+def test_old_tasks_are_measured_the_same_bit_by_bit(adapted_run):
+    metrics = read_json(adapted_run / "metrics.json")
+    for values in metrics["metrics"].values():
+        first, second, third = values["matrix"]
+        assert first == second[:1] == third[:1] and second == third[:2]
+    before, after = load(adapted_run / "task-00"), load(adapted_run / "task-02")
+    assert torch.equal(draw(before, "0", "1", "1"), draw(after, "0", "1", "1"))
+    assert torch.equal(draw(load(adapted_run / "task-01"), "3", "2"), draw(after, "3", "2"))
+
+
+def test_what_the_metrics_say_of_parameters(adapted_run):
+    found = read_json(adapted_run / "metrics.json")["parameters"]
+    pipeline = load(adapted_run / "task-02")
+    assert found["network"] == sum(parameter.numel() for parameter in pipeline.unet.parameters())
+    own = [
+        v.numel()
+        for k, v in load_file(adapted_run / "task-02/adapters/class-4.safetensors").items()
+        if k[-1] in "ABwa"
+    ]
+    assert found["per_class"] == sum(own) == pipeline.adapters.parameters_per_class
+    assert set(found["importance"]) == {"2", "3", "4"}
+    assert all(0 < value < 1 for layers in found["importance"].values() for value in layers.values())
+    assert (adapted_run / "plots" / "importance.png").exists()
+
+
+def test_a_run_that_was_interrupted_is_the_same(adapted_run, tmp_path):
+    # Within the third task, of which the checkpoint of step 12 is the newest.
+    copy = interrupted_copy(adapted_run, tmp_path / "copy", 12, 2, replay=True)
+    shutil.rmtree(copy / "task-02")
+    assert run(["--config", str(copy / "config.yaml"), "--output_dir", str(copy)]) == 0
+    for name in ("metrics.json", "task-02/adapters/class-4.safetensors"):
+        assert (copy / name).read_bytes() == (adapted_run / name).read_bytes()
+
+
+def test_going_on_from_an_adapted_task_and_from_a_plain_one(adapted_run, tmp_path):
+    data = write_images(tmp_path / "data", {"apple": 24})
+    start = {"pretrained_model_name_or_path": adapted_run / "task-02", "train_data_dir": data, "max_train_steps": 2}
+    options = [part for key, value in start.items() for part in (f"--{key}", str(value))]
+    assert run([*options, "--output_dir", str(tmp_path / "run")]) == 0
+    assert (tmp_path / "run/task-03/adapters/class-5.safetensors").exists()
+    pipeline = load(tmp_path / "run/task-03")
+    assert torch.equal(draw(pipeline, "0", "4"), draw(load(adapted_run / "task-02"), "0", "4"))
+    # All classes of a plain model are its first.
+    start["pretrained_model_name_or_path"] = adapted_run / "task-00"
+    options = [part for key, value in start.items() for part in (f"--{key}", str(value))]
+    assert run([*options, "--output_dir", str(tmp_path / "other")]) == 0
+    assert read_json(tmp_path / "other/task-01/adapters/config.json")["first_class_ids"] == [0, 1]
+
+
+@pytest.mark.parametrize(("key", "value"), [("adapter", "none"), ("adapter_ratio", 2), ("funlora_function", "power")])
+def test_what_a_model_is_adapted_with_stays(adapted_run, tmp_path, capfd, key, value):
+    data = write_images(tmp_path / "data", {"apple": 24})
+    options = ["--pretrained_model_name_or_path", str(adapted_run / "task-02"), "--train_data_dir", str(data)]
+    assert run([*options, "--output_dir", str(tmp_path / "run"), f"--{key}", str(value)]) == 2
+    assert f"{key} is {value!r}" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"adapter_layers": '["nowhere.*"]'}, ["adapter_layers", "nowhere.*", "conv_in"]),
+        ({"adapter_ratio": 3}, ["adapter_ratio", "ratio is 3", "16 and 32"]),
+        ({"funlora_terms": 1}, ["funlora_terms", "num_terms is 1"]),
+        ({"replay": "lwf"}, ["replay", "'lwf'", "funlora"]),
+        ({"penalty": "ewc"}, ["penalty", "'ewc'", "funlora"]),
+        ({"stream": "joint"}, ["stream", "'joint'", "funlora"]),
+        ({"adapter_layers": "[]"}, ["adapter_layers", "at least one"]),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_cannot_be_adapted_is_said_before_anything_is_trained(files, tmp_path, capfd, settings, words):
+    assert run(arguments(files, tmp_path / "run", **{**ADAPTED, **settings})) == 2
+    errors = capfd.readouterr().err
+    assert [word for word in words if word not in errors] == [] and "Traceback" not in errors
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_network_without_the_default_layers_is_refused(files, tmp_path, capfd):
+    """The network of the digits has two blocks: nothing of it is called as in the paper's, but for a shortcut."""
+    settings = {key: value for key, value in ADAPTED.items() if key != "adapter_layers"}
+    unet = {**json.loads((files / "unet.json").read_text()), "block_out_channels": [8]}
+    unet |= {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}
+    (tmp_path / "unet.json").write_text(json.dumps(unet))
+    settings["model_config_name_or_path"] = tmp_path / "unet.json"
+    assert run(arguments(files, tmp_path / "run", **settings)) == 2
+    assert "no convolution of the network is named up_blocks.1" in capfd.readouterr().err
+
+
+def test_a_class_alone_is_published_and_taken_in(adapted_run, tmp_path):
+    whole, other = load(adapted_run / "task-02"), load(adapted_run / "task-01")
+    file = adapted_run / "task-02" / "adapters" / "class-4.safetensors"
+    with safe_open(file, "pt") as opened:
+        assert json.loads(opened.metadata()["funlora"])["name"] == "4"
+    assert add_class(other, file) == 4 and other.known_classes == whole.known_classes
+    assert torch.equal(draw(other, "4", "2", "0"), draw(whole, "4", "2", "0"))
+    # Once more under another name, and a copy saved again is still a model.
+    assert add_class(other, file, name="another") == 5
+    other.save_pretrained(tmp_path / "saved")
+    saved = load(tmp_path / "saved")
+    assert saved.known_classes == {**whole.known_classes, 5: "another"}
+    assert torch.equal(draw(saved, "another"), draw(whole, "4"))
+    remove_class(saved, "another")
+    assert saved.known_classes == whole.known_classes
+    for wrong, message in (
+        (lambda: add_class(other, file, name="4"), "has a class '4' already"),
+        (lambda: remove_class(other, "0"), "class 0 has no adapters"),
+        (lambda: remove_class(other, "7"), "not known to this model"),
+        (lambda: add_class(load(adapted_run / "task-00"), file), "has no adapters"),
+        (lambda: add_class(other, adapted_run / "task-00" / UNET), "is not the file of a class"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            wrong()
+
+
+STRANGER = """
+import sys
+
+sys.modules["diffusers_cl"] = None
+import torch
+from diffusers import DiffusionPipeline, UNet2DModel
+
+folder, again, results = sys.argv[1:]
+try:
+    DiffusionPipeline.from_pretrained(folder)
+except ValueError as error:
+    assert "trust_remote_code" in str(error), error
+else:
+    raise SystemExit("the folder's code was run without trust_remote_code")
+pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+pipe.save_pretrained(again)
+pipe = DiffusionPipeline.from_pretrained(again, trust_remote_code=True)
+noise = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+images = pipe(["4", "2", "0"], 3, latents=noise, output_type="latent").images
+assert set(pipe.components) == {"unet", "scheduler", "adapters"}
+torch.save(images, results)
+"""
+
+
+def test_round_trip_without_the_package(adapted_run, tmp_path):
+    folder, again, results = adapted_run / "task-02", tmp_path / "again", tmp_path / "images.pt"
+    command = [sys.executable, "-c", STRANGER, str(folder), str(again), str(results)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    images = torch.load(results, weights_only=True)
+    assert torch.equal(images, draw(load(folder), "4", "2", "0"))
+    assert torch.equal(images, draw(load(again), "4", "2", "0"))
+
+
+def test_damaged_adapters_are_one_sentence(adapted_run, tmp_path):
+    for number, (name, change) in enumerate(
+        {
+            "config.json": lambda text: text.replace(b'"class_ids"', b'"other"'),
+            "class-2.safetensors": lambda text: text[:-8],
+            "class-3.safetensors": lambda text: text.replace(b"cosine", b"power!"),
+        }.items()
+    ):
+        folder = tmp_path / str(number)
+        shutil.copytree(adapted_run / "task-02", folder)
+        path = folder / "adapters" / name
+        path.write_bytes(change(path.read_bytes()))
+        with pytest.raises(CheckpointError):
+            load(folder)
+
+
+def test_the_card_says_how_an_adapted_model_is_sampled(adapted_run):
+    card = (adapted_run / "task-02" / "README.md").read_text()
+    assert "ConsistencyModelPipeline" not in card and "load_pipeline" in card and "FunLoRA" in card
+    assert "ConsistencyModelPipeline" in (adapted_run / "task-00" / "README.md").read_text()
+
+
+def test_what_tells_two_methods_apart():
+    one = effective_config({"adapter": "funlora", "replay": "none", "adapter_ratio": 1})
+    assert "adapter_ratio" in one and "funlora_terms" in one
+    assert "funlora_terms" not in effective_config({"adapter": "funlora", "funlora_function": "vanilla"})
+    assert "funlora_learn_terms" not in effective_config({"adapter": "funlora", "funlora_function": "shift"})
+    assert not any(key.startswith(("adapter_", "funlora_")) for key in effective_config({}))
