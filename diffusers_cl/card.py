@@ -36,7 +36,8 @@ HYPER_PARAMETERS = """
     stream replay replay_weighting distillation_weight replay_images_per_class replay_num_inference_steps replay_refresh
     memory_images_per_class memory_bytes penalty penalty_mode ewc_lambda fisher_rank fisher_samples fisher_timesteps
     num_train_epochs max_train_steps train_batch_size gradient_accumulation_steps learning_rate lr_scheduler
-    lr_warmup_steps max_grad_norm mixed_precision use_ema ema_inv_gamma ema_power ema_max_decay prediction_type seed
+    lr_warmup_steps max_grad_norm mixed_precision use_ema ema_inv_gamma ema_power ema_max_decay objective
+    prediction_type seed
 """.split()
 
 
@@ -130,7 +131,8 @@ def _sampling_lines(pipeline: ClassConditionalPipeline, config: TrainingConfig, 
     ]
     scheduler = type(pipeline.scheduler)
     # All that this pipeline of diffusers can drive.
-    if isinstance(pipeline.unet, UNet2DModel) and "generator" in inspect.signature(scheduler.step).parameters:
+    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+    if isinstance(pipeline.unet, UNet2DModel) and takes_generator and hasattr(scheduler, "scale_model_input"):
         lines += [
             "With diffusers alone and no code of the repo. Here classes are ids:",
             *["", "```python", "import torch"],
@@ -294,7 +296,7 @@ def model_card(
     lines = [
         *["---", data.to_yaml(), "---", ""],
         *[f"# {dataset}: {num_classes} in {count(len(learned), 'task')}", ""],
-        f"A class-conditional diffusion model (`{type(pipeline.unet).__name__}`, {num_parameters} M parameters, {size} images)"
+        f"A class-conditional {config.objective.replace('_', '-')} model (`{type(pipeline.unet).__name__}`, {num_parameters} M parameters, {size} images)"
         f" of {num_classes}. {how}.",
         *["", "![Samples, a row a class in the order in which they were learned](samples.png)", ""],
         *["Classes, with their ids:", "", *_class_lines(pipeline, learned), ""],
