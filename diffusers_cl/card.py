@@ -36,8 +36,8 @@ HYPER_PARAMETERS = """
     stream replay replay_weighting distillation_weight replay_images_per_class replay_num_inference_steps replay_refresh
     memory_images_per_class memory_bytes penalty penalty_mode ewc_lambda fisher_rank fisher_samples fisher_timesteps
     num_train_epochs max_train_steps train_batch_size gradient_accumulation_steps learning_rate lr_scheduler
-    lr_warmup_steps max_grad_norm mixed_precision use_ema ema_inv_gamma ema_power ema_max_decay objective
-    prediction_type seed
+    lr_warmup_steps max_grad_norm mixed_precision use_ema ema_inv_gamma ema_power ema_max_decay objective prediction_type
+    seed
 """.split()
 
 
@@ -130,9 +130,11 @@ def _sampling_lines(pipeline: ClassConditionalPipeline, config: TrainingConfig, 
         *draw,
     ]
     scheduler = type(pipeline.scheduler)
+    if config.objective == "flow_matching":
+        text = "With Heun's method: `pipe.scheduler = diffusers.FlowMatchHeunDiscreteScheduler.from_config(pipe.scheduler.config)`."
+        lines += [text, ""]
     # All that this pipeline of diffusers can drive.
-    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
-    if isinstance(pipeline.unet, UNet2DModel) and takes_generator and hasattr(scheduler, "scale_model_input"):
+    elif isinstance(pipeline.unet, UNet2DModel) and "generator" in inspect.signature(scheduler.step).parameters:
         lines += [
             "With diffusers alone and no code of the repo. Here classes are ids:",
             *["", "```python", "import torch"],
@@ -303,13 +305,9 @@ def model_card(
         *["## Sampling", "", *_sampling_lines(pipeline, config, repo_id)],
         *["## Teaching it new classes", ""],
         "With diffusers-cl, from a folder of images with one sub-folder a class; the data of the classes above is not needed:",
-        *[
-            "",
-            "```bash",
-            f"accelerate launch train_continual.py {command} --train_data_dir my_new_classes/",
-            "```",
-            "",
-        ],
+        *["", "```bash"],
+        f"accelerate launch train_continual.py {command} --train_data_dir my_new_classes/",
+        *["```", ""],
         *["## Results", ""],
         f"{name} (lower is better) of the images of every task, after every task:",
         *["", *_matrix_lines(name, measured, len(learned)), "", *key_table(measured), ""],
