@@ -1,34 +1,37 @@
 """
 Quality against the number of network evaluations an image takes: flows with Euler's and Heun's method, diffusion with DDIM.
 
-    python scripts/experiments/evaluations.py runs/flow/task-04 runs/diffusion/task-04 --output results/flow_matching/digits.json
+    python scripts/experiments/evaluations.py runs/flow runs/diffusion --output results/flow_matching/digits.json
 
-Every model is a task folder (of a run's folder, the last one) and is measured as its run measured it: the extractor, the real
-images' statistics and the noise of every image are those in the folder, only sampling differs. DDIM is there twice: with the
+Every model is a task folder (of a run's folder, the last one) and is measured as its run measured it: with the extractor in
+the folder, the same real images and the same noise for every image; only sampling differs. DDIM is there twice: with the
 timesteps that the model is saved with, and with `timestep_spacing: trailing`, which starts from the noisiest one (arXiv
-2305.08891, Sec. 3.4). diffusers has no RK4 for flows. Several models of an objective are several seeds.
+2305.08891, Table 2). diffusers has no RK4 for flows. Several models of an objective are several seeds.
 """
 
 import argparse
+import dataclasses
 import statistics
 import sys
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
-from diffusers import DDIMScheduler, FlowMatchHeunDiscreteScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
 
 from diffusers_cl.config import TrainingConfig
-from diffusers_cl.errors import CheckpointError, RunError
-from diffusers_cl.features import FeatureExtractor
+from diffusers_cl.data import load_splits
+from diffusers_cl.errors import DataError, RunError
+from diffusers_cl.evaluation import Evaluation
 from diffusers_cl.files import write_json
 from diffusers_cl.folders import tasks_of_run
-from diffusers_cl.gate import Model, open_measure, open_model
-from diffusers_cl.metrics import accuracy, distance_names, frechet_distance
+from diffusers_cl.gate import open_measure, open_model
+from diffusers_cl.metrics import distance_names
+from diffusers_cl.pipeline import ClassConditionalPipeline
 from diffusers_cl.plots import format_number
 from diffusers_cl.record import versions
-from diffusers_cl.references import References
-from diffusers_cl.results import effective_config, portable_config
+from diffusers_cl.report import format_spread
+from diffusers_cl.results import effective_config, mean_and_error, portable_config
 from diffusers_cl.sampling import sample_images
 
 
@@ -41,150 +44,137 @@ COLUMNS = {
 }
 
 
-@dataclass
-class Measured:
-    """A model with what its images are measured by."""
-
-    model: Model
-    references: References
-    extractor: FeatureExtractor
-
-    @property
-    def config(self) -> dict:
-        return self.model.start.state["config"]
-
-    @property
-    def objective(self) -> str:
-        return self.config["objective"]
-
-    def schedulers(self) -> dict:
-        """Returns the schedulers that the model is sampled with, and the steps that each takes for so many evaluations."""
-        own = self.model.pipeline.scheduler
-        if self.objective == "flow_matching":
-            heun = FlowMatchHeunDiscreteScheduler(own.config.num_train_timesteps, own.config.shift)
-            # Every step but the last is two evaluations: the most steps that are not more than asked for.
-            return {"Euler": (own, lambda evaluations: evaluations), "Heun": (heun, lambda asked: (asked + 1) // 2)}
-        trailing = DDIMScheduler.from_config(own.config, timestep_spacing="trailing")
-        return {name: (kind, lambda asked: asked) for name, kind in {"DDIM": own, "DDIM trailing": trailing}.items()}
-
-    def row(self, steps: int) -> dict:
-        """Returns how far the images of so many steps are from the real ones, task by task, and what they are recognised as."""
-        labels = [[name for name, count in task.items() for _ in range(count)] for task in self.references.labels]
-        counts: dict[str, int] = {}
-        keys = []
-        for name in (name for task in labels for name in task):
-            keys.append(("eval", name, counts.setdefault(name, 0)))
-            counts[name] += 1
-        rows_seen = 0
-
-        def count(module, arguments) -> None:
-            nonlocal rows_seen
-            rows_seen += len(arguments[0])
-
-        hook = self.model.pipeline.unet.register_forward_pre_hook(count)
-        class_ids = [self.model.class_ids[name] for _, name, _ in keys]
-        batch_size = self.config["eval_batch_size"]
-        images = sample_images(self.model.pipeline, class_ids, keys, self.config["seed"], steps, batch_size)
-        hook.remove()
-        features, predictions = self.extractor(images)
-        sizes = [len(task) for task in labels]
-        pairs = enumerate(features.split(sizes))
-        per_task = [frechet_distance(part, self.references.of_task(task)) for task, part in pairs]
-        known = predictions is not None and counts.keys() <= set(self.extractor.known_classes)
-        found = accuracy(predictions, [name for _, name, _ in keys]) if known else None
-        seen = {"steps": steps, "evaluations": rows_seen // len(images), "images": len(images)}
-        return {**seen, "average": statistics.fmean(per_task), "per_task": per_task, "accuracy": found}
+def schedulers(own, evaluations: list[int]) -> dict[str, tuple]:
+    """Returns schedulers for a model that is saved with `own`, by name, and the steps that each takes for these evaluations."""
+    if isinstance(own, FlowMatchEulerDiscreteScheduler):
+        heun = FlowMatchHeunDiscreteScheduler(own.config.num_train_timesteps, own.config.shift)
+        # Every step but the last is two evaluations: the most steps that are no more than what is asked for.
+        halves = dict.fromkeys((asked + 1) // 2 for asked in evaluations)
+        return {"Euler": (own, evaluations), "Heun": (heun, list(halves))}
+    trailing = DDIMScheduler.from_config(own.config, timestep_spacing="trailing")
+    return {"DDIM": (own, evaluations), "DDIM trailing": (trailing, evaluations)}
 
 
-def measure(folder: Path, evaluations: tuple[int, ...], device: torch.device) -> tuple[dict, list[dict]]:
+def row_of(pipeline: ClassConditionalPipeline, evaluation: Evaluation, config: TrainingConfig, steps: int) -> dict:
+    """Returns the measures of the images of so many steps, on average over the tasks and for each."""
+    rows = []
+    hook = pipeline.unet.register_forward_pre_hook(lambda module, arguments: rows.append(len(arguments[0])))
+    options = {"seed": config.seed, "num_inference_steps": steps, "batch_size": config.eval_batch_size}
+    found, _ = evaluation(partial(sample_images, pipeline, **options), len(evaluation.tasks))
+    hook.remove()
+    metrics = {name: values for name, values in found["metrics"].items() if None not in values}
+    average = {name: statistics.fmean(values) for name, values in metrics.items()}
+    counted = {
+        "steps": steps,
+        "evaluations": sum(rows) // sum(found["num_images"]),
+        "images": sum(found["num_images"]),
+    }
+    return {**counted, "average": average, "per_task": metrics}
+
+
+def measure(folder: Path, evaluations: list[int], data: str | None = None) -> tuple[dict, list[dict]]:
     """
     Returns what a model is, and its rows: one for every scheduler and number of evaluations.
 
+    Args:
+        folder (`Path`): a task's, or a run's.
+        evaluations (list of `int`): of the network, an image.
+        data (`str`, *optional*): `dataset_name`; by default the run's.
+
     Raises:
-        ConfigError, CheckpointError, DataError: as [`open_model`] and [`open_measure`].
+        ConfigError, CheckpointError, DataError: for a model, an extractor or data that cannot be had.
     """
-    folder = (tasks_of_run(folder) or [folder])[-1]
+    folder, device = (tasks_of_run(folder) or [folder])[-1], torch.device("cpu")
     model = open_model(str(folder), None, device)
-    known = TrainingConfig(feature_extractor=model.start.state["config"]["feature_extractor"])
-    measured = Measured(model, *open_measure(model, known, device))
-    state, config = model.start.state, effective_config(portable_config(measured.config))
-    metric = distance_names(measured.extractor.name)[0]
+    state, pipeline = model.start.state, model.pipeline
+    known = {field.name for field in dataclasses.fields(TrainingConfig)}
+    config = TrainingConfig(**{key: value for key, value in state["config"].items() if key in known})
+    config = dataclasses.replace(config, generated_classifier_images=None)
+    _, extractor = open_measure(model, config, device)
+    if data is not None:
+        config = dataclasses.replace(config, dataset_name=data, train_data_dir=None)
+    _, test = load_splits(config, pipeline.unet.config.in_channels)
+    evaluation = Evaluation(test, model.start.tasks, model.class_ids, extractor, config)
+    metric = distance_names(extractor.name)[0]
     about = {
-        "objective": measured.objective,
-        "seed": config["seed"],
-        "task": state["task"],
+        "objective": config.objective,
+        "seed": config.seed,
+        "tasks": model.start.tasks,
         "metric": metric,
-        # As the run itself measured it.
-        "average of the run": statistics.fmean(state["rows"][-1]["metrics"][metric]),
-        "floor": state["floor"][metric]["mean"],
-        "config": config,
+        "as the run measured it": statistics.fmean(state["rows"][-1]["metrics"][metric]),
+        "floor": evaluation.floor[metric],
+        "config": effective_config(portable_config(state["config"])),
     }
     rows = []
-    for scheduler, (kind, steps_for) in measured.schedulers().items():
-        model.pipeline.scheduler = kind
-        for steps in dict.fromkeys(steps_for(asked) for asked in evaluations):
-            row = measured.row(steps)
-            rows.append({"objective": measured.objective, "seed": config["seed"], "scheduler": scheduler, **row})
-            print(f"{folder}: {scheduler}, {row['evaluations']} evaluation(s): {format_number(row['average'])}")
+    for name, (scheduler, numbers) in schedulers(pipeline.scheduler, evaluations).items():
+        pipeline.scheduler = scheduler
+        for steps in numbers:
+            row = row_of(pipeline, evaluation, config, steps)
+            rows.append({"objective": config.objective, "seed": config.seed, "scheduler": name, **row})
+            print(f"{folder}: {name}, {row['evaluations']} evaluation(s): {format_number(row['average'][metric])}")
     return about, rows
 
 
-def summarize(rows: list[dict]) -> list[dict]:
-    """Returns the means over seeds for every objective, scheduler and number of evaluations, in the order of the rows."""
+def summarize(rows: list[dict], metric: str) -> list[dict]:
+    """Returns mean and standard error over seeds for every objective, scheduler and number of evaluations."""
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
         groups.setdefault((row["objective"], row["scheduler"], row["evaluations"]), []).append(row)
+
+    def over_seeds(group: list[dict], name: str) -> list[float | None]:
+        return list(mean_and_error([row["average"][name] for row in group]))
+
     return [
         {
             **dict(zip(("objective", "scheduler", "evaluations"), key, strict=True)),
-            "seeds": len(group),
-            "average": statistics.fmean(row["average"] for row in group),
-            "range": [f(row["average"] for row in group) for f in (min, max)],
-            "accuracy": None if group[0]["accuracy"] is None else statistics.fmean(row["accuracy"] for row in group),
+            "seeds": [row["seed"] for row in group],
+            "distance": over_seeds(group, metric),
+            **{name: over_seeds(group, name) for name in ("recall", "accuracy") if name in group[0]["average"]},
         }
         for key, group in groups.items()
     ]
 
 
 def table(summary: list[dict]) -> str:
-    """Returns the summary as Markdown: a row for every number of evaluations; distance, and what is recognised in brackets."""
-    columns = {key: head for key, head in COLUMNS.items() if any(_key(row) == key for row in summary)}
-    lines = [f"| evaluations an image | {' | '.join(columns.values())} |", "| --- |" + " --- |" * len(columns)]
+    """Returns the summary as Markdown, a row for every number of evaluations: the distance, and recall in brackets."""
+    keys = [(row["objective"], row["scheduler"]) for row in summary]
+    columns = {key: head for key, head in COLUMNS.items() if key in keys}
+    lines = [f"| evaluations | {' | '.join(columns.values())} |", "| --- |" + " --- |" * len(columns)]
     for evaluations in sorted({row["evaluations"] for row in summary}):
         cells = dict.fromkeys(columns, "")
-        for row in summary:
+        for key, row in zip(keys, summary, strict=True):
             if row["evaluations"] == evaluations:
-                recognised = "" if row["accuracy"] is None else f" ({row['accuracy']:.2f})"
-                cells[_key(row)] = format_number(row["average"]) + recognised
+                mean, error = row["distance"]
+                cells[key] = format_number(mean) if error is None else format_spread(mean, error)
+                cells[key] += f" ({row['recall'][0]:.2f})" if "recall" in row else ""
         lines.append(f"| {' | '.join([str(evaluations), *cells.values()])} |")
     return "\n".join(lines)
-
-
-def _key(row: dict) -> tuple[str, str]:
-    return row["objective"], row["scheduler"]
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the script and returns its exit code."""
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
     parser.add_argument("models", nargs="+", type=Path, help="task folders, or run folders, whose last task is taken")
-    parser.add_argument("--evaluations", nargs="+", type=int, default=EVALUATIONS, help="of the network, an image")
+    parser.add_argument(
+        "--evaluations", nargs="+", type=int, default=list(EVALUATIONS), help="of the network, an image"
+    )
+    parser.add_argument("--data", help="dataset_name of the real images, by default the run's")
     parser.add_argument("--output", type=Path, required=True, help="a JSON file to write")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    names = " ".join("/".join(folder.resolve().parts[-2:]) for folder in args.models)
-    content = {"made_by": f"python scripts/experiments/evaluations.py {names}", "evaluations": list(args.evaluations)}
+    names = " ".join(folder.resolve().name for folder in args.models)
+    content = {"made_by": f"python scripts/experiments/evaluations.py {names}", "evaluations": args.evaluations}
     content |= {"device": "cpu", "threads": 1, "versions": versions(), "models": [], "rows": []}
     try:
         for folder in args.models:
-            about, rows = measure(folder, tuple(args.evaluations), torch.device("cpu"))
+            about, rows = measure(folder, args.evaluations, args.data)
             content["models"].append(about)
             content["rows"] += rows
-        content["summary"] = summarize(content["rows"])
+        content["summary"] = summarize(content["rows"], content["models"][0]["metric"])
         write_json(args.output, content)
     except (RunError, OSError) as error:
         print(f"evaluations.py: error: {error}", file=sys.stderr)
-        return getattr(error, "exit_code", CheckpointError.exit_code)
+        return getattr(error, "exit_code", DataError.exit_code)
     print(table(content["summary"]))
     return 0
 
