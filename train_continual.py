@@ -31,7 +31,6 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.logging import get_logger
 from accelerate.utils import ProjectConfiguration
-from diffusers import DDIMScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import is_wandb_available
@@ -58,9 +57,9 @@ from diffusers_cl.folders import CONSOLIDATION, task_folder
 from diffusers_cl.growth import load_weights, restore_penalty
 from diffusers_cl.hub import write_task_folder
 from diffusers_cl.inputs import INPUTS_NAME, check_inputs, collect_inputs
-from diffusers_cl.losses import denoising_losses, training_target
+from diffusers_cl.losses import add_noise, denoising_losses, first_timestep, training_target
 from diffusers_cl.methods import create_penalty, create_replay
-from diffusers_cl.models import create_unet, load_unet_config
+from diffusers_cl.models import create_scheduler, create_unet, load_unet_config
 from diffusers_cl.output import OutputLock, check_output_dir, prepare_output_dir, write_status
 from diffusers_cl.pipeline import from_uint8
 from diffusers_cl.plots import format_number
@@ -170,9 +169,7 @@ def main(config: TrainingConfig, start: Start | None, lock: OutputLock, stop: St
     layout = torch.channels_last if config.channels_last else torch.preserve_format
     unet = create_unet(unet_config, train_split.channels, class_ids, config, min_rows).to(device, memory_format=layout)
     unet = with_adapter(unet, config)
-    noise_scheduler = DDIMScheduler(num_train_timesteps=NUM_TRAIN_TIMESTEPS, prediction_type=config.prediction_type)
-    if start is not None:
-        noise_scheduler = DDIMScheduler.from_pretrained(start.folder, subfolder="scheduler")
+    noise_scheduler = create_scheduler(config, start and start.folder)
     replay, penalty = create_replay(config), create_penalty(config, logger.warning)
     if start is not None:
         take_over(start, unet, penalty, config, logger.warning)
@@ -373,9 +370,10 @@ def main(config: TrainingConfig, start: Start | None, lock: OutputLock, stop: St
                 # Sample noise that we'll add to the images, and a random timestep for each image
                 noise = torch.randn(clean_images.shape, device=device)
                 timesteps = torch.randint(0, NUM_TRAIN_TIMESTEPS, (len(clean_images),), device=device)
+                timesteps = timesteps + first_timestep(noise_scheduler)
                 # Add noise to the clean images according to the noise magnitude at each timestep
-                # (this is the forward diffusion process)
-                noisy_images = noise_scheduler.add_noise(clean_images, noise, timesteps)
+                # (this is the forward diffusion process, or a flow's straight path)
+                noisy_images = add_noise(noise_scheduler, clean_images, noise, timesteps)
 
                 target = training_target(noise_scheduler, clean_images, noise, timesteps)
                 if replay:

@@ -134,7 +134,8 @@ def adopt(
     Args:
         source ([`Source`]): from [`open_source`].
         config ([`TrainingConfig`]): what a run goes on with that is told nothing else. `tasks` is the model's classes,
-            `resolution` and `prediction_type` are its own, `eval_images_per_class` is the number of images of a class.
+            `resolution`, `objective` and `prediction_type` are its own, `eval_images_per_class` is the number of images of a
+            class.
         output_dir (`Path`): becomes the folder.
         device (`torch.device`).
         say: called with a line about every step.

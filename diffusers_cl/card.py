@@ -1,20 +1,19 @@
 """The model card of a task folder, its README.md: metadata for the Hub and text for a reader."""
 
-import inspect
 import json
 import re
 import shlex
 from dataclasses import asdict
 from pathlib import Path
 
-from diffusers import UNet2DModel
 from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from . import __version__
+from .card_sampling import sampling_lines
 from .config import TrainingConfig
-from .markup import code_span, plain, python_literal
+from .markup import code_span, plain
 from .names import method_name
 from .pipeline import ClassConditionalPipeline
 from .plots import format_number
@@ -36,7 +35,9 @@ HYPER_PARAMETERS = """
     stream replay replay_weighting distillation_weight replay_images_per_class replay_num_inference_steps replay_refresh
     memory_images_per_class memory_bytes penalty penalty_mode ewc_lambda fisher_rank fisher_samples fisher_timesteps
     num_train_epochs max_train_steps train_batch_size gradient_accumulation_steps learning_rate lr_scheduler
-    lr_warmup_steps max_grad_norm mixed_precision use_ema ema_inv_gamma ema_power ema_max_decay prediction_type seed
+    lr_warmup_steps max_grad_norm mixed_precision use_ema ema_inv_gamma ema_power ema_max_decay objective prediction_type
+    adapter adapter_layers adapter_ratio adapter_learning_rate funlora_function funlora_terms funlora_learn_terms
+    train_class_embedding seed
 """.split()
 
 
@@ -102,60 +103,6 @@ def _class_lines(pipeline: ClassConditionalPipeline, learned: list[list[str]]) -
             shown.append(f"{len(names) - num_left} more" if shown else count(len(names), "class"))
         num_left = max(num_left - len(names), 0)
         lines.append(f"- task-{task:02d}: {', '.join(shown)}")
-    return lines
-
-
-def _sampling_lines(pipeline: ClassConditionalPipeline, config: TrainingConfig, repo_id: str | None) -> list[str]:
-    class_id, name = next(iter(pipeline.known_classes.items()))
-    repo = python_literal(repo_id or "path/to/this/folder")
-    note = "" if repo_id else "  # the folder that this file is in"
-    arguments = f"num_inference_steps={config.eval_num_inference_steps}, generator=generator"
-    draw = [
-        "generator = torch.Generator().manual_seed(0)",
-        f"image = pipe(class_labels={python_literal(name)}, {arguments}).images[0]",
-        "```",
-        "",
-    ]
-    is_adapted = pipeline.adapters is not None
-    code = "`pipeline.py` and `adapters/funlora.py`, which need" if is_adapted else "`pipeline.py`, which needs"
-    own = [
-        "from diffusers_cl import ClassConditionalPipeline",
-        "ClassConditionalPipeline.from_pretrained",
-        ", use_safetensors=True",
-    ]
-    if is_adapted:
-        own = ["from diffusers_cl import load_pipeline", "load_pipeline", ""]
-    lines = [
-        f"With diffusers alone. This runs the repo's {code} nothing but torch and diffusers:",
-        *["", "```python", "import torch", "from diffusers import DiffusionPipeline", ""],
-        f"pipe = DiffusionPipeline.from_pretrained({repo}, trust_remote_code=True){note}",
-        *draw,
-        "`pipe.known_classes` has the names by id; a class is asked for by either.",
-        "",
-        "With diffusers-cl. No code of the repo is run, and what was downloaded once loads offline (`HF_HUB_OFFLINE=1`):",
-        *["", "```python", "import torch", own[0], ""],
-        f"pipe = {own[1]}({repo}{own[2]}){note}",
-        *draw,
-    ]
-    scheduler = type(pipeline.scheduler)
-    # All that this pipeline of diffusers can drive.
-    is_plain = isinstance(pipeline.unet, UNet2DModel) and not is_adapted
-    if is_plain and "generator" in inspect.signature(scheduler.step).parameters:
-        lines += [
-            "With diffusers alone and no code of the repo. Here classes are ids:",
-            *["", "```python", "import torch"],
-            f"from diffusers import ConsistencyModelPipeline, {scheduler.__name__}, UNet2DModel",
-            "",
-            f"repo = {repo}{note}",
-            'unet = UNet2DModel.from_pretrained(repo, subfolder="unet", use_safetensors=True)',
-            f'scheduler = {scheduler.__name__}.from_pretrained(repo, subfolder="scheduler")',
-            "pipe = ConsistencyModelPipeline(unet, scheduler)",
-            draw[0],
-            f"image = pipe(class_labels=[{class_id}], {arguments}).images[0]  # {python_literal(name)}",
-            *draw[2:],
-            "All three draw the same image.",
-            "",
-        ]
     return lines
 
 
@@ -310,20 +257,16 @@ def model_card(
     lines = [
         *["---", data.to_yaml(), "---", ""],
         *[f"# {dataset}: {num_classes} in {count(len(learned), 'task')}", ""],
-        f"A class-conditional diffusion model (`{type(pipeline.unet).__name__}`, {num_parameters} M parameters, {size} images)"
+        f"A class-conditional {config.objective.replace('_', '-')} model (`{type(pipeline.unet).__name__}`, {num_parameters} M parameters, {size} images)"
         f" of {num_classes}. {how}.",
         *["", "![Samples, a row a class in the order in which they were learned](samples.png)", ""],
         *["Classes, with their ids:", "", *_class_lines(pipeline, learned), ""],
-        *["## Sampling", "", *_sampling_lines(pipeline, config, repo_id)],
+        *["## Sampling", "", *sampling_lines(pipeline, config, repo_id)],
         *["## Teaching it new classes", ""],
         "With diffusers-cl, from a folder of images with one sub-folder a class; the data of the classes above is not needed:",
-        *[
-            "",
-            "```bash",
-            f"accelerate launch train_continual.py {command} --train_data_dir my_new_classes/",
-            "```",
-            "",
-        ],
+        *["", "```bash"],
+        f"accelerate launch train_continual.py {command} --train_data_dir my_new_classes/",
+        *["```", ""],
         *["## Results", ""],
         f"{name} (lower is better) of the images of every task, after every task:",
         *["", *_matrix_lines(name, measured, len(learned)), "", *key_table(measured), ""],

@@ -97,7 +97,7 @@ class TrainingConfig:
     replay_images_per_class: int = 5000
     """How many images of every earlier class are generated."""
     replay_num_inference_steps: int = 50
-    """DDIM steps for a replayed image."""
+    """Steps for a replayed image, of DDIM or, for a flow, of Euler."""
     replay_batch_size: int = 256
     """Images a forward pass when generating replay; another value changes images by about 1e-4."""
     replay_refresh: Literal["latest", "once"] = "latest"
@@ -257,7 +257,7 @@ class TrainingConfig:
     eval_images_per_class: int | None = None
     """Cap on test images a class, and so on generated ones; by default as many as the test split has."""
     eval_num_inference_steps: int = 50
-    """DDIM steps for an evaluated image."""
+    """Steps for an evaluated image, of DDIM or, for a flow, of Euler."""
     eval_batch_size: int = 256
     """Images a forward pass when generating for evaluation."""
     feature_extractor: str = "inception"

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import torch
 
-from .losses import training_target
+from .losses import add_noise, first_timestep, training_target
 from .pipeline import from_uint8
 from .randomness import generator, permutation
 from .tasks import TaskImages
@@ -24,7 +24,7 @@ class FisherBatches:
         noise_scheduler: a diffusers scheduler.
         num_samples (`int` or `None`): draws over all processes; by default one for every image. Fewer take images at
             random, more go round again with new noise.
-        timesteps (`tuple[int, int]`): `[start, end)`.
+        timesteps (`tuple[int, int]`): `[start, end)`, counted from the least noisy one: 0 is a flow's timestep 1.
         batch_size, seed, task (`int`), device.
         process_index, num_processes (`int`): this process takes the batches `process_index`, `process_index +
             num_processes`, and so on; there may be none.
@@ -64,8 +64,9 @@ class FisherBatches:
             generators = [generator(self.seed, "fisher", self.task, index) for index in indices]
             timesteps = torch.cat([torch.randint(*self.timesteps, (1,), generator=g) for g in generators])
             noise = torch.stack([torch.randn(clean_images.shape[1:], generator=g) for g in generators])
+            timesteps = timesteps + first_timestep(self.noise_scheduler)
             timesteps, noise, class_labels = (x.to(self.device) for x in (timesteps, noise, class_labels))
-            noisy_images = self.noise_scheduler.add_noise(clean_images, noise, timesteps)
+            noisy_images = add_noise(self.noise_scheduler, clean_images, noise, timesteps)
             yield (
                 noisy_images,
                 timesteps,

@@ -1,12 +1,13 @@
-"""The network of a run: the paper's by default, initialised so that the number of classes moves no other weight."""
+"""The network of a run: the paper's by default, initialised so that the number of classes moves no other weight; and its
+scheduler."""
 
 from pathlib import Path
 
 import torch
 import torch.nn as nn
-from diffusers import UNet2DModel
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
 
-from .config import TrainingConfig
+from .config import NUM_TRAIN_TIMESTEPS, TrainingConfig
 from .errors import CheckpointError, ConfigError, first_line
 from .randomness import derive_seed, generator
 
@@ -85,3 +86,34 @@ def create_unet(
     unet.class_embedding = nn.Embedding.from_pretrained(rows, freeze=False)
     unet.register_to_config(num_class_embeds=num_rows)
     return unet
+
+
+def create_scheduler(
+    config: TrainingConfig, folder: Path | None = None
+) -> DDIMScheduler | FlowMatchEulerDiscreteScheduler:
+    """
+    Returns the scheduler that a run noises and samples with: DDIM's, or Euler's for a flow.
+
+    Args:
+        config ([`TrainingConfig`]): objective, prediction_type.
+        folder (`Path`, *optional*): of the task that the run goes on from, whose scheduler it is.
+
+    Raises:
+        CheckpointError: when the task's scheduler cannot be read, or is of another class.
+    """
+    settings = {"num_train_timesteps": NUM_TRAIN_TIMESTEPS}
+    if config.objective == "flow_matching":
+        kind = FlowMatchEulerDiscreteScheduler
+    else:
+        kind = DDIMScheduler
+        settings["prediction_type"] = config.prediction_type
+    if folder is None:
+        return kind(**settings)
+    try:
+        found = kind.load_config(folder, subfolder="scheduler", local_files_only=True)
+        # Another class's settings would be taken without a word.
+        if found.get("_class_name") != kind.__name__:
+            raise ValueError(f"_class_name is {found.get('_class_name')!r}; allowed: {kind.__name__!r}")
+        return kind.from_config(found)
+    except (OSError, ValueError, TypeError, RuntimeError, RecursionError) as error:
+        raise CheckpointError(f"{folder}/scheduler/scheduler_config.json: {first_line(error)}") from error

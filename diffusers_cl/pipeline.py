@@ -12,7 +12,14 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
+from diffusers import (
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    ImagePipelineOutput,
+    ModelMixin,
+    SchedulerMixin,
+)
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 
@@ -171,7 +178,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
             class_labels (`int`, `str`, a list of these, or an integer `torch.Tensor` of shape `(batch,)`):
                 The class of each image. Integers are ids, strings are names.
             num_inference_steps (`int`, *optional*, defaults to 50):
-                The number of denoising steps.
+                The number of denoising steps, each of which is one evaluation of the model with most schedulers
+                ([`FlowMatchHeunDiscreteScheduler`] takes two in every step but the last).
             eta (`float`, *optional*, defaults to 0.0):
                 Corresponds to parameter eta of the DDIM paper (arXiv 2010.02502, Eq. 16): 0 is DDIM, 1 is DDPM. It is
                 passed to schedulers that take it, such as [`DDIMScheduler`].
@@ -206,13 +214,16 @@ class ClassConditionalPipeline(DiffusionPipeline):
 
         step_parameters = inspect.signature(self.scheduler.step).parameters
         step_kwargs = {}
+        # That they take a generator is for noise that they draw only if they are told to.
+        is_flow = isinstance(self.scheduler, (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler))
+        draws_noise = not is_flow or self.scheduler.config.get("stochastic_sampling", False)
         if "eta" in step_parameters:
             step_kwargs["eta"] = eta
         elif eta:
             logger.warning(f"eta={eta} is ignored: {type(self.scheduler).__name__} does not take it.")
         if "generator" in step_parameters:
             step_kwargs["generator"] = generator
-            if latents is not None and generator is None and step_kwargs.get("eta") != 0:
+            if latents is not None and generator is None and step_kwargs.get("eta") != 0 and draws_noise:
                 raise ValueError(
                     f"latents without generator: {type(self.scheduler).__name__} may draw noise in its steps, pass"
                     " the generator to draw it with"
@@ -253,14 +264,21 @@ class ClassConditionalPipeline(DiffusionPipeline):
     def _denoise(self, images, class_ids, num_inference_steps, step_kwargs):
         """Returns the images that the scheduler arrives at from noise, in [-1, 1] up to the scheduler's clipping."""
         class_labels = torch.tensor(class_ids, device=images.device)
-        self.scheduler.set_timesteps(num_inference_steps)
-        images = images * self.scheduler.init_noise_sigma
+        if isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
+            # By default the last of the steps would be that from sigma 0.001 to 0.
+            sigmas = [1 - step / num_inference_steps for step in range(num_inference_steps)]
+            self.scheduler.set_timesteps(sigmas=sigmas)
+        else:
+            self.scheduler.set_timesteps(num_inference_steps)
+        # Schedulers of flow matching have neither: their noise is standard normal, and the model sees it as it is.
+        images = images * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        scale_model_input = getattr(self.scheduler, "scale_model_input", lambda sample, timestep: sample)
         # Schedulers branch on the timestep and so keep it on the host, the model takes it on the device: one copy of
         # all timesteps, or else every step waits for the device.
         timesteps = self.scheduler.timesteps.to(images.device)
         model = self.unet if self.adapters is None else partial(self.adapters, self.unet)
         for t, timestep in zip(self.progress_bar(self.scheduler.timesteps), timesteps, strict=True):
-            sample = self.scheduler.scale_model_input(images, t)
+            sample = scale_model_input(images, t)
             model_output = model(sample, timestep.expand(len(class_ids)), class_labels=class_labels).sample
             images = self.scheduler.step(model_output, t, images, **step_kwargs).prev_sample
         return images

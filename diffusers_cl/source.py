@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from diffusers import DDIMScheduler, UNet2DModel
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
 from safetensors import SafetensorError
 
 from .config import NUM_TRAIN_TIMESTEPS
@@ -17,6 +17,7 @@ from .folders import tasks_of_run
 
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
 
 
 @dataclass
@@ -28,14 +29,15 @@ class Source:
         model (`str`): the repo or folder, as it was asked for.
         revision (`str` or `None`): the repo's commit.
         unet (`UNet2DModel`): in float32, on the CPU.
-        scheduler (`DDIMScheduler`): with its noise schedule and prediction type.
+        scheduler (`DDIMScheduler`, or `FlowMatchEulerDiscreteScheduler` of a flow): with its noise schedule and prediction
+            type, or with its shift.
         id2label (`dict[int, str]`): the classes that it is said to know, by the rows of its class embedding.
     """
 
     model: str
     revision: str | None
     unet: UNet2DModel
-    scheduler: DDIMScheduler
+    scheduler: DDIMScheduler | FlowMatchEulerDiscreteScheduler
     id2label: dict[int, str]
 
     @property
@@ -94,16 +96,38 @@ def _load_unet(where: str, folder: Path, config: dict) -> UNet2DModel:
     return unet
 
 
-def _load_scheduler(where: str, config: dict) -> DDIMScheduler:
+def _load_flow_scheduler(where: str, kind: str, config: dict) -> FlowMatchEulerDiscreteScheduler:
+    """Euler's for Euler's or Heun's; what is shifted by hand or runs the other way is another convention."""
+    for key in ("use_dynamic_shifting", "invert_sigmas"):
+        if config.get(key):
+            raise ConfigError(f"{where}: {key} of the scheduler {kind} is set; allowed: flows without it")
+    known = inspect.signature(FlowMatchEulerDiscreteScheduler).parameters
+    try:
+        return FlowMatchEulerDiscreteScheduler.from_config(
+            {key: value for key, value in config.items() if key in known}
+        )
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise ConfigError(f"{where}: the scheduler {kind} cannot have its settings: {first_line(error)}") from error
+
+
+def _load_scheduler(where: str, config: dict) -> DDIMScheduler | FlowMatchEulerDiscreteScheduler:
     """The scheduler with which the model is sampled and trained on, whatever it came with: same noise, same prediction."""
     kind = str(config.get("_class_name"))
-    # What has sigmas or flows in place of betas names none.
-    if config.get("beta_schedule") is None and kind not in ("DDPMScheduler", "DDIMScheduler"):
-        raise ConfigError(f"{where}: the scheduler {kind} has no schedule of betas; allowed: those of DDPM's kind")
-    if config.get("use_flow_sigmas") or str(config.get("prediction_type")).startswith("flow"):
-        raise ConfigError(f"{where}: the scheduler {kind} is set to flow matching; allowed: diffusion, as DDPM has it")
     if (steps := config.get("num_train_timesteps", 1000)) != NUM_TRAIN_TIMESTEPS:
         raise ConfigError(f"{where}: the scheduler's num_train_timesteps is {steps}; allowed: {NUM_TRAIN_TIMESTEPS}")
+    if kind in FLOW_SCHEDULERS:
+        return _load_flow_scheduler(where, kind, config)
+    # What has sigmas or flows in place of betas names none.
+    if config.get("beta_schedule") is None and kind not in ("DDPMScheduler", "DDIMScheduler"):
+        raise ConfigError(
+            f"{where}: the scheduler {kind} has no schedule of betas; allowed: those of DDPM's kind, or"
+            f" {' or '.join(FLOW_SCHEDULERS)}"
+        )
+    if config.get("use_flow_sigmas") or str(config.get("prediction_type")).startswith("flow"):
+        raise ConfigError(
+            f"{where}: the scheduler {kind} is set to flow matching; allowed: diffusion, as DDPM has it, or"
+            f" {' or '.join(FLOW_SCHEDULERS)}"
+        )
     if (prediction := config.get("prediction_type", "epsilon")) not in PREDICTION_TYPES:
         raise ConfigError(
             f"{where}: the scheduler's prediction_type is {prediction!r}; allowed: {', '.join(PREDICTION_TYPES)}"

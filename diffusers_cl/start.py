@@ -55,10 +55,12 @@ OWN_KEYS = (
     *("feature_extractor_weights_path", "eval_classifier"),
 )
 # What the model, or the rows of its task matrix, cannot change any more.
-FIXED_KEYS = ("resolution", "prediction_type", "eval_num_inference_steps")
+FIXED_KEYS = ("resolution", "objective", "prediction_type", "eval_num_inference_steps")
+# Of these, what older states do not say, and what they are of.
+LATER_KEYS = {"objective": "diffusion"}
 # Of parts of a state, the same.
 PART_KEYS = {
-    "config": ("stream", "penalty", "feature_extractor", *FIXED_KEYS),
+    "config": ("stream", "penalty", "feature_extractor", *(key for key in FIXED_KEYS if key not in LATER_KEYS)),
     "feature_extractor_info": ("name", "sha256"),
 }
 
@@ -81,6 +83,9 @@ class Start:
     model: str
     revision: str | None
     is_repo: bool
+
+    def __post_init__(self):
+        self.state["config"] = LATER_KEYS | self.state["config"]
 
     @property
     def task(self) -> int:

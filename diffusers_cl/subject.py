@@ -16,6 +16,7 @@ from .ewc import WEIGHTS_NAME, Rank1EWC
 from .fetch import model_folder
 from .folders import CONSOLIDATION, STATE_NAME, read_task_state
 from .images import UnreadableImageError, image_bytes, open_image, reading
+from .losses import is_flow
 from .names import dataset_name
 from .randomness import derive_seed
 from .source import Source, open_source
@@ -121,11 +122,16 @@ def open_subject(
             called as they were there, and otherwise the images have to be of the network's size.
 
     Raises:
-        ConfigError: for a model of another kind, one without class labels.
+        ConfigError: for a model of another kind, one without class labels, and a flow.
         DataError: when the data cannot be had, lack a class, or have images that do not fit.
         CheckpointError: when a file of the model is missing or damaged.
     """
     source = open_source(model, revision, cache_dir=cache_dir)
+    if is_flow(source.scheduler):
+        raise ConfigError(
+            f"--model {model} is of flow matching; allowed: diffusion models, whose timesteps and noise prediction all figures"
+            " are of"
+        )
     folder, _ = model_folder(model, revision, ALLOWED_FILES, cache_dir=cache_dir)
     has_state = (folder / CONSOLIDATION / STATE_NAME).exists()
     state = read_task_state(folder) if has_state else {}

@@ -4,8 +4,8 @@ Makes a task folder of a class-conditional model that was trained elsewhere, so 
     python scripts/adopt.py --model me/my-ddpm --output_dir adopted --feature_extractor classifier
     accelerate launch train_continual.py --pretrained_model_name_or_path adopted --train_data_dir my_new_classes
 
-The model is a `UNet2DModel` with a class embedding and a scheduler of DDPM's kind: a pipeline, or `unet/` and `scheduler/`
-alone. Without data, all that is measured or estimated is so on the model's own samples.
+The model is a `UNet2DModel` with a class embedding and a scheduler of DDPM's kind or of flow matching (Euler's or Heun's): a
+pipeline, or `unet/` and `scheduler/` alone. Without data, all that is measured or estimated is so on the model's own samples.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from pathlib import Path
 from diffusers_cl.adopt import OWN_SAMPLES_PER_CLASS, adopt
 from diffusers_cl.config import NUM_TRAIN_TIMESTEPS, TrainingConfig
 from diffusers_cl.errors import ConfigError, RunError
+from diffusers_cl.losses import is_flow
 from diffusers_cl.sampling import choose_device
 from diffusers_cl.source import Source, open_source
 from diffusers_cl.validation import validate
@@ -67,7 +68,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="How many images of a class it is measured on, here and where a run goes on from it. Default: all test images"
         f" of the data; without data {OWN_SAMPLES_PER_CLASS} samples.",
     )
-    parser.add_argument("--num_inference_steps", type=positive_int, default=50, help="DDIM steps for an image.")
+    parser.add_argument("--num_inference_steps", type=positive_int, default=50, help="Denoising steps for an image.")
     parser.add_argument(
         "--batch_size", type=positive_int, default=64, help="Images in one forward pass when sampling."
     )
@@ -115,10 +116,14 @@ def build_config(args: argparse.Namespace, source: Source) -> TrainingConfig:
     """Returns the configuration that the folder holds: the command line's, the model's, and defaults."""
     if args.num_inference_steps > NUM_TRAIN_TIMESTEPS:
         raise ConfigError(f"--num_inference_steps {args.num_inference_steps}: the model has {NUM_TRAIN_TIMESTEPS}")
+    if is_flow(source.scheduler):
+        model = {"objective": "flow_matching"}
+    else:
+        model = {"prediction_type": source.scheduler.config.prediction_type}
     config = TrainingConfig(
+        **model,
         **{key: getattr(args, key) for key in CONFIG_OPTIONS},
         resolution=source.unet.config.sample_size,
-        prediction_type=source.scheduler.config.prediction_type,
         tasks=[list(source.class_ids)],
         eval_images_per_class=args.num_images_per_class,
         eval_num_inference_steps=args.num_inference_steps,

@@ -55,7 +55,7 @@ def test_labels_that_are_none(model, tmp_path, text, message):
         open_source(str(model), labels=str(tmp_path / "labels.yaml"))
 
 
-FLOWS = {"_class_name": "FlowMatchEulerDiscreteScheduler", "beta_schedule": None}
+FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "beta_schedule": None}
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,19 @@ FLOWS = {"_class_name": "FlowMatchEulerDiscreteScheduler", "beta_schedule": None
         ({"unet": {"in_channels": 4, "out_channels": 4}}, 2, "are 4 and 4; allowed: 1 and 1, or 3 and 3"),
         ({"unet": {"quantization_config": {"quant_method": "x"}}}, 2, "is quantized"),
         ({"unet": {"block_out_channels": [8, 24]}}, 4, "unet cannot be loaded|do not fit its config"),
-        ({"scheduler": FLOWS}, 2, "FlowMatchEulerDiscreteScheduler has no schedule of betas"),
+        (
+            {"scheduler": FLOW | {"_class_name": "FlowMatchLCMScheduler"}},
+            2,
+            "FlowMatchLCMScheduler has no schedule of",
+        ),
+        (
+            {"scheduler": FLOW | {"use_dynamic_shifting": True}},
+            2,
+            "use_dynamic_shifting of the scheduler Flow.* is set",
+        ),
+        ({"scheduler": FLOW | {"invert_sigmas": True}}, 2, "invert_sigmas of the scheduler FlowMatchEuler.* is set"),
+        ({"scheduler": FLOW | {"shift": "x"}}, 2, "FlowMatchEulerDiscreteScheduler cannot have its settings"),
+        ({"scheduler": FLOW | {"num_train_timesteps": 500}}, 2, "num_train_timesteps is 500; allowed: 1000"),
         ({"scheduler": {"num_train_timesteps": 500}}, 2, "num_train_timesteps is 500; allowed: 1000"),
         ({"scheduler": {"prediction_type": "x"}}, 2, "prediction_type is 'x'; allowed: epsilon, sample, v_prediction"),
         ({"scheduler": {"use_flow_sigmas": True}}, 2, "is set to flow matching"),

@@ -18,7 +18,7 @@ import diffusers
 import numpy as np
 import torch
 import yaml
-from diffusers import DDIMScheduler, UNet2DModel
+from diffusers import UNet2DModel
 from matplotlib.figure import Figure
 from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -32,7 +32,7 @@ from diffusers_cl.errors import CheckpointError, DataError, RunError
 from diffusers_cl.files import write_json
 from diffusers_cl.folders import task_folder
 from diffusers_cl.losses import denoising_losses
-from diffusers_cl.models import create_unet
+from diffusers_cl.models import create_scheduler, create_unet
 from diffusers_cl.plots import format_number
 from diffusers_cl.randomness import derive_seed, generator, permutation
 from diffusers_cl.tasks import TaskImages, resolve_tasks
@@ -158,7 +158,7 @@ class Task:
         """Returns draws of the `old` or `unseen` images, independent of those for any other purpose."""
         images = TaskImages(self.train.select(self.rows[which] if rows is None else rows), self.class_ids)
         seed = derive_seed(self.config.seed, "direction", purpose)
-        scheduler = DDIMScheduler(num_train_timesteps=NUM_TRAIN_TIMESTEPS, prediction_type=self.config.prediction_type)
+        scheduler = create_scheduler(self.config)
         return FisherBatches(images, scheduler, num_samples, (0, NUM_TRAIN_TIMESTEPS), batch_size, seed, 0, "cpu")
 
     def rounds(self, which: str, purpose: str, rows=None) -> FisherBatches:
