@@ -171,6 +171,7 @@ class Evaluation:
                 name: metrics.summarize(matrix, name in HIGHER_IS_BETTER) for name, matrix in matrices.items()
             },
             "class_accuracy": [row["class_accuracy"] for row in rows],
+            **({"classification": metrics.summarize_classification(rows)} if "classification" in rows[-1] else {}),
         }
 
 

@@ -124,6 +124,11 @@ def accuracy_by_class(predictions: Sequence[str], labels: Sequence[str]) -> dict
     }
 
 
+def _mean(values: Sequence[float | None]) -> float | None:
+    """The mean, `None` where a value is not known."""
+    return None if None in values else float(np.mean(values))
+
+
 def summarize(matrix: Sequence[Sequence[float | None]], higher_is_better: bool = False) -> dict:
     """
     Returns the task matrix with average, learning, forgetting and worst task (arXiv 2509.23593, Sec. 4.2).
@@ -143,17 +148,54 @@ def summarize(matrix: Sequence[Sequence[float | None]], higher_is_better: bool =
     joint = len(matrix) == 1 and len(last) > 1
     diagonal = [row[-1] for row in matrix]
 
-    def mean(values: Sequence[float | None]) -> float | None:
-        return None if None in values else float(np.mean(values))
-
     known = None not in (*last, *diagonal)
     changes = [end - then for end, then in zip(last, diagonal, strict=True)] if known and not joint else [None]
     return {
         "matrix": matrix,
-        "average": [mean(row) for row in matrix],
-        "learning": None if joint else mean(diagonal),
-        "forgetting": mean(changes),
+        "average": [_mean(row) for row in matrix],
+        "learning": None if joint else _mean(diagonal),
+        "forgetting": _mean(changes),
         "worst": None if None in last else float(min(last) if higher_is_better else max(last)),
+    }
+
+
+def summarize_classification(rows: list[dict]) -> dict:
+    """
+    Returns what `metrics.json` says of the metric rows' `classification`, of the tasks up to now: the last accuracy LA and
+    the average incremental accuracy AIA are those of the finished stream only once it is finished.
+
+    Args:
+        rows (`list[dict]`): the metric rows of the models so far, the last with `classification`. What a row does not
+            have, or a task whose images were not here, is `None`, and so is every mean that it enters.
+
+    Returns:
+        `dict`: `images_per_class`, `network`; `matrix`, row k the accuracy on the test images of tasks 0 .. k; its mean
+        `average_accuracy` (arXiv 2510.02631, Eq. 22); `la`, the last of these; `aia`, their mean (Eq. 23) with the real
+        images' value for the first task, as the paper has it; `aia_generated`, with generated ones there too; and `real`:
+        `images_per_class` (fewest and most), `matrix` and `average_accuracy` of the classifier of real images, `None`
+        after tasks that it was not trained after. A joint run is a single row: it has LA, but no AIA.
+    """
+    last = rows[-1]["classification"]
+    found = [row.get("classification") for row in rows]
+    matrix = [
+        row["generated"] if row else [None] * len(other["num_images"]) for row, other in zip(found, rows, strict=True)
+    ]
+    real = [row and row["real"] for row in found]
+    average, real_average = ([row and _mean(row) for row in side] for side in (matrix, real))
+    joint = len(rows) == 1 and len(matrix[0]) > 1
+    return {
+        "images_per_class": last["images_per_class"],
+        "network": last["network"],
+        "average_accuracy": average,
+        "matrix": matrix,
+        "real": {
+            "images_per_class": next((row["real_images"] for row in reversed(found) if row and row["real"]), None),
+            "average_accuracy": real_average,
+            "matrix": real,
+        },
+        "la": average[-1],
+        "aia": None if joint else _mean([real_average[0], *average[1:]]),
+        "aia_generated": None if joint else _mean(average),
     }
 
 
