@@ -25,7 +25,7 @@ MAX_NEAREST_ROWS = 20
 class Evaluation:
     """
     Measures models on the held-out images of every task. Real features are extracted once, by one process once ever; of tasks whose images are not
-    here, their [`References`] take their place, which leaves recall and kernel distance unknown.
+    here, their [`References`] take their place, which leaves precision, recall and kernel distance unknown.
 
     Args:
         test ([`ImageSplit`]): the held-out images.

@@ -61,16 +61,18 @@ def kernel_distance(generated: torch.Tensor, real: torch.Tensor) -> float:
     return distance["kernel_inception_distance_mean"]
 
 
-def recall(generated: torch.Tensor, real: torch.Tensor) -> float:
+def precision_and_recall(generated: torch.Tensor, real: torch.Tensor) -> tuple[float, float]:
     """
-    Returns the share of real images within the manifold of generated ones (Kynkaanniemi et al., arXiv 1904.06991), by
-    torch-fidelity: low for copies of a few images.
+    Returns the share of generated images within the manifold of real ones, and the share of real images within that of
+    generated ones (Kynkaanniemi et al., arXiv 1904.06991), by torch-fidelity: precision is low for images that are like
+    none, recall for copies of a few.
     """
     from torch_fidelity.metric_prc import prc_features_to_metric
 
     # The neighbourhood cannot be larger than the set.
     neighborhood = min(3, len(generated) - 1, len(real) - 1)
-    return prc_features_to_metric(generated, real, prc_neighborhood=neighborhood, verbose=False)["recall"]
+    shares = prc_features_to_metric(generated, real, prc_neighborhood=neighborhood, verbose=False)
+    return shares["precision"], shares["recall"]
 
 
 def kl_divergence(generated: Sequence[str], real: Sequence[str], class_names: Sequence[str]) -> float:
@@ -95,7 +97,7 @@ def distance_names(extractor: str) -> tuple[str, str]:
 
 def task_metrics(generated: torch.Tensor, real: torch.Tensor | Statistics, extractor: str) -> dict[str, float | None]:
     """
-    Returns the distances of one model on one task and its recall, by name; `None` where statistics do not tell.
+    Returns the distances of one model on one task, its precision and its recall, by name; `None` where statistics do not tell.
 
     Args:
         generated (`torch.Tensor` of shape `(num_images, dimension)`): features.
@@ -104,10 +106,12 @@ def task_metrics(generated: torch.Tensor, real: torch.Tensor | Statistics, extra
     """
     frechet, kernel = distance_names(extractor)
     known = not isinstance(real, Statistics)
+    precision, recall = precision_and_recall(generated, real) if known else (None, None)
     return {
         frechet: frechet_distance(generated, real),
         kernel: kernel_distance(generated, real) if known else None,
-        "recall": recall(generated, real) if known else None,
+        "precision": precision,
+        "recall": recall,
     }
 
 

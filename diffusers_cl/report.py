@@ -10,13 +10,14 @@ from .names import dataset_name, method_name
 from .plots import format_number, plot_curves, plot_heat_map, plot_losses, read_train_log
 
 
-HIGHER_IS_BETTER = ("accuracy", "recall")
+HIGHER_IS_BETTER = ("accuracy", "precision", "recall")
 PLUS_MINUS = "\u00b1"
 METRIC_MEANINGS = {
     "fid": "Frechet distance of InceptionV3 features",
     "kid": "kernel distance of InceptionV3 features; equal class counts put it below 0, so read it against its floor",
     "fd_": "Frechet distance of this extractor's features; not FID",
     "kd_": "kernel distance of this extractor's features; not KID; equal class counts put it below 0: read it against its floor",
+    "precision": "share of generated images that have a real one near them",
     "recall": "share of real images that have a generated one near them",
     "accuracy": "generated images that a classifier trained on real ones gives their own class",
     "kld": "KL(real, generated) over predicted classes",
