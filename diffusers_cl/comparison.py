@@ -51,12 +51,8 @@ def parameters_per_class(group: list[Run]) -> int | None:
 def classification_minutes(group: list[Run]) -> float | None:
     """Returns the mean minutes of generating images for classifiers, and of training these; `None` where none was."""
     phases = ("classify_generate", "classify_train")
-    spent = [sum(run.machine["seconds"][phase] for phase in phases) / 60 for run in group if _is_timed(run)]
-    return float(np.mean(spent)) if spent else None
-
-
-def _is_timed(run: Run) -> bool:
-    return run.machine is not None and "classify_train" in run.machine["seconds"]
+    clocks = [run.machine["seconds"] for run in group if run.machine and "classify_train" in run.machine["seconds"]]
+    return float(np.mean([sum(clock[phase] for phase in phases) / 60 for clock in clocks])) if clocks else None
 
 
 def stored_bytes(run: Run) -> int | None:

@@ -96,6 +96,9 @@ def table_cells(table: dict) -> list[list[str]]:
     columns = [
         key for key in COLUMNS if key not in OPTIONAL_COLUMNS or any(row[key] is not None for row in table["rows"])
     ]
+    # A column of zeros says nothing.
+    if "per_class" in columns and not any(row["per_class"] for row in table["rows"]):
+        columns.remove("per_class")
     rows = [[COLUMNS[key] for key in columns], *([row[key] for key in columns] for row in cells)]
     if floor := table["floor"]:
         known = {"method": FLOOR_NAME, "average": format_spread(floor["mean"], floor["std"])}
@@ -170,7 +173,7 @@ def classification_notes(table: dict) -> list[str]:
             most = max(one["real"]["images_per_class"][1] for one in found if one["real"]["images_per_class"])
             notes.append(f"On at most {most} real images a class it has {_mean(bound, 0.5)} (classifier multitask).")
         notes.append("LA of the joint method: generative multitask.")
-    if any(row["per_class"] is not None for row in table["rows"]):
+    if any(row["per_class"] for row in table["rows"]):
         notes.append("PPC: parameters of its own that a class has.")
     return notes
 
