@@ -41,16 +41,12 @@ from diffusers_cl import __version__
 from diffusers_cl.adapters import adapt, as_pipeline, parameter_counts, with_adapter
 from diffusers_cl.arguments import parse_config
 from diffusers_cl.checkpoint import check_finite, load_checkpoint, save_checkpoint
+from diffusers_cl.classification import create_classification
 from diffusers_cl.config import NUM_TRAIN_TIMESTEPS, OPERATIONAL_KEYS, SECRET_KEYS, TrainingConfig
 from diffusers_cl.data import load_splits
 from diffusers_cl.draws import FisherBatches
 from diffusers_cl.errors import ConfigError, NonFiniteError
-from diffusers_cl.evaluation import (
-    class_grid_columns,
-    create_evaluation,
-    create_extractors,
-    nearest_training_images,
-)
+from diffusers_cl.evaluation import class_grid_columns, create_evaluation, create_extractors, nearest_training_images
 from diffusers_cl.faults import explain
 from diffusers_cl.files import write_json
 from diffusers_cl.folders import CONSOLIDATION, task_folder
@@ -163,6 +159,7 @@ def main(config: TrainingConfig, start: Start | None, lock: OutputLock, stop: St
         "gather": accelerator.gather if accelerator.num_processes > 1 else None,
     }
     evaluation = create_evaluation(config, start, test_split, tasks, class_ids, *extractors, **sharing)
+    classification = create_classification(config, start, train_split, test_split, tasks, class_ids, accelerator)
 
     # Initialize the model and the noise scheduler
     min_rows = unet_config["num_class_embeds"] if start else 0
@@ -510,11 +507,13 @@ def main(config: TrainingConfig, start: Start | None, lock: OutputLock, stop: St
                 )
 
         fisher = [*fisher, penalty and penalty.summary()[-1]]
+        sample = sampler(unet, "classify", config.eval_num_inference_steps, config.eval_batch_size)
+        classified = classification(sample, num_tasks_seen[task], record.phase)
         with record.phase("evaluate"):
             sample = sampler(unet, "evaluate", config.eval_num_inference_steps, config.eval_batch_size)
             row, first_images = evaluation(sample, num_tasks_seen[task])
             record.content["images"]["generated"] += sum(row["num_images"])
-            rows = [*rows, row]
+            rows = [*rows, row | classified]
             metrics = {
                 "schema": 1,
                 "version": __version__,

@@ -37,6 +37,24 @@ def accuracy(group: list[Run]) -> tuple[float, float | None] | None:
     return None if None in found else mean_and_error([values["average"][-1] for values in found])
 
 
+def classification(group: list[Run], key: str) -> tuple[float, float | None] | None:
+    """Returns a value of `metrics.json`'s `classification`: mean and standard error; `None` if a run lacks it."""
+    return mean_and_error([run.metrics.get("classification", {}).get(key) for run in group])
+
+
+def parameters_per_class(group: list[Run]) -> int | None:
+    """Returns how many parameters of its own a class has (PPC of arXiv 2510.02631); `None` if a run does not say."""
+    found = {run.metrics.get("parameters", {}).get("per_class") for run in group}
+    return None if None in found else max(found)
+
+
+def classification_minutes(group: list[Run]) -> float | None:
+    """Returns the mean minutes of generating images for classifiers, and of training these; `None` where none was."""
+    phases = ("classify_generate", "classify_train")
+    clocks = [run.machine["seconds"] for run in group if run.machine and "classify_train" in run.machine["seconds"]]
+    return float(np.mean([sum(clock[phase] for phase in phases) / 60 for clock in clocks])) if clocks else None
+
+
 def stored_bytes(run: Run) -> int | None:
     """
     Returns the bytes that the method keeps between tasks beside the model. Of results that do not say, only what is
@@ -125,6 +143,8 @@ def compare(runs: list[Run], metric: str | None = None, published: dict | None =
                 "average": average[name],
                 **{key: mean_and_error([s[key] for s in seeds]) for key in ("learning", "forgetting", "worst")},
                 "accuracy": accuracy(group) if metric != "accuracy" else None,
+                **{key: classification(group, key) for key in ("la", "aia", "aia_generated")},
+                "per_class": parameters_per_class(group),
                 "gap_closed": (average[lower[0]][0] - average[name][0]) / gap if gap else None,
                 "paired": paired_difference(group, groups[plain[0]], metric) if paired else None,
                 "is_reference": [name] == plain,
@@ -132,6 +152,7 @@ def compare(runs: list[Run], metric: str | None = None, published: dict | None =
                 "stored": max(stored) if None not in stored else None,
                 "generated": float(np.mean(generated)) if generated else None,
                 "minutes": float(np.mean(minutes)) if minutes else None,
+                "classification_minutes": classification_minutes(group),
                 "per_task": np.mean([seed["matrix"][-1] for seed in seeds], axis=0).tolist(),
             }
         )

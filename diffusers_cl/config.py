@@ -264,8 +264,8 @@ class TrainingConfig:
     """`inception` (FID, KID), `classifier` (a small CNN trained here on the real training split: fd_classifier,
     accuracy), or a transformers image classifier (Hub id or folder)."""
     generated_classifier_images: int | None = None
-    """After every task train a classifier on so many generated images of every class so far, and test it on the real ones
-    (LA, AIA); by default not."""
+    """After every task train a classifier on so many generated images of every class so far, and test it on the real test
+    images: LA and AIA of arXiv 2510.02631; by default not."""
     eval_classifier: str | None = None
     """A transformers image classifier (Hub id or folder) for accuracy, in place of the feature extractor's own."""
     feature_extractor_weights_path: str | None = None

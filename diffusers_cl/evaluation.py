@@ -25,7 +25,7 @@ MAX_NEAREST_ROWS = 20
 class Evaluation:
     """
     Measures models on the held-out images of every task. Real features are extracted once, by one process once ever; of tasks whose images are not
-    here, their [`References`] take their place, which leaves recall and kernel distance unknown.
+    here, their [`References`] take their place, which leaves precision, recall and kernel distance unknown.
 
     Args:
         test ([`ImageSplit`]): the held-out images.
@@ -171,6 +171,7 @@ class Evaluation:
                 name: metrics.summarize(matrix, name in HIGHER_IS_BETTER) for name, matrix in matrices.items()
             },
             "class_accuracy": [row["class_accuracy"] for row in rows],
+            **({"classification": metrics.summarize_classification(rows)} if "classification" in rows[-1] else {}),
         }
 
 

@@ -61,16 +61,18 @@ def kernel_distance(generated: torch.Tensor, real: torch.Tensor) -> float:
     return distance["kernel_inception_distance_mean"]
 
 
-def recall(generated: torch.Tensor, real: torch.Tensor) -> float:
+def precision_and_recall(generated: torch.Tensor, real: torch.Tensor) -> tuple[float, float]:
     """
-    Returns the share of real images within the manifold of generated ones (Kynkaanniemi et al., arXiv 1904.06991), by
-    torch-fidelity: low for copies of a few images.
+    Returns the share of generated images within the manifold of real ones, and the share of real images within that of
+    generated ones (Kynkaanniemi et al., arXiv 1904.06991), by torch-fidelity: precision is low for images that are like
+    none, recall for copies of a few.
     """
     from torch_fidelity.metric_prc import prc_features_to_metric
 
     # The neighbourhood cannot be larger than the set.
     neighborhood = min(3, len(generated) - 1, len(real) - 1)
-    return prc_features_to_metric(generated, real, prc_neighborhood=neighborhood, verbose=False)["recall"]
+    shares = prc_features_to_metric(generated, real, prc_neighborhood=neighborhood, verbose=False)
+    return shares["precision"], shares["recall"]
 
 
 def kl_divergence(generated: Sequence[str], real: Sequence[str], class_names: Sequence[str]) -> float:
@@ -95,7 +97,7 @@ def distance_names(extractor: str) -> tuple[str, str]:
 
 def task_metrics(generated: torch.Tensor, real: torch.Tensor | Statistics, extractor: str) -> dict[str, float | None]:
     """
-    Returns the distances of one model on one task and its recall, by name; `None` where statistics do not tell.
+    Returns the distances of one model on one task, its precision and its recall, by name; `None` where statistics do not tell.
 
     Args:
         generated (`torch.Tensor` of shape `(num_images, dimension)`): features.
@@ -104,10 +106,12 @@ def task_metrics(generated: torch.Tensor, real: torch.Tensor | Statistics, extra
     """
     frechet, kernel = distance_names(extractor)
     known = not isinstance(real, Statistics)
+    precision, recall = precision_and_recall(generated, real) if known else (None, None)
     return {
         frechet: frechet_distance(generated, real),
         kernel: kernel_distance(generated, real) if known else None,
-        "recall": recall(generated, real) if known else None,
+        "precision": precision,
+        "recall": recall,
     }
 
 
@@ -122,6 +126,11 @@ def accuracy_by_class(predictions: Sequence[str], labels: Sequence[str]) -> dict
         name: float(np.mean([p == name for p, label in zip(predictions, labels, strict=True) if label == name]))
         for name in dict.fromkeys(labels)
     }
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """The mean, `None` where a value is not known."""
+    return None if None in values else float(np.mean(values))
 
 
 def summarize(matrix: Sequence[Sequence[float | None]], higher_is_better: bool = False) -> dict:
@@ -143,17 +152,54 @@ def summarize(matrix: Sequence[Sequence[float | None]], higher_is_better: bool =
     joint = len(matrix) == 1 and len(last) > 1
     diagonal = [row[-1] for row in matrix]
 
-    def mean(values: Sequence[float | None]) -> float | None:
-        return None if None in values else float(np.mean(values))
-
     known = None not in (*last, *diagonal)
     changes = [end - then for end, then in zip(last, diagonal, strict=True)] if known and not joint else [None]
     return {
         "matrix": matrix,
-        "average": [mean(row) for row in matrix],
-        "learning": None if joint else mean(diagonal),
-        "forgetting": mean(changes),
+        "average": [_mean(row) for row in matrix],
+        "learning": None if joint else _mean(diagonal),
+        "forgetting": _mean(changes),
         "worst": None if None in last else float(min(last) if higher_is_better else max(last)),
+    }
+
+
+def summarize_classification(rows: list[dict]) -> dict:
+    """
+    Returns what `metrics.json` says of the metric rows' `classification`, of the tasks up to now: the last accuracy LA and
+    the average incremental accuracy AIA are those of the finished stream only once it is finished.
+
+    Args:
+        rows (`list[dict]`): the metric rows of the models so far, the last with `classification`. What a row does not
+            have, or a task whose images were not here, is `None`, and so is every mean that it enters.
+
+    Returns:
+        `dict`: `images_per_class`, `network`; `matrix`, row k the accuracy on the test images of tasks 0 .. k; its mean
+        `average_accuracy` (arXiv 2510.02631, Eq. 22); `la`, the last of these; `aia`, their mean (Eq. 23) with the real
+        images' value for the first task, as the paper has it; `aia_generated`, with generated ones there too; and `real`:
+        `images_per_class` (fewest and most), `matrix` and `average_accuracy` of the classifier of real images, `None`
+        after tasks that it was not trained after. A joint run is a single row: it has LA, but no AIA.
+    """
+    last = rows[-1]["classification"]
+    found = [row.get("classification") for row in rows]
+    matrix = [
+        row["generated"] if row else [None] * len(other["num_images"]) for row, other in zip(found, rows, strict=True)
+    ]
+    real = [row and row["real"] for row in found]
+    average, real_average = ([row and _mean(row) for row in side] for side in (matrix, real))
+    joint = len(rows) == 1 and len(matrix[0]) > 1
+    return {
+        "images_per_class": last["images_per_class"],
+        "network": last["network"],
+        "average_accuracy": average,
+        "matrix": matrix,
+        "real": {
+            "images_per_class": next((row["real_images"] for row in reversed(found) if row and row["real"]), None),
+            "average_accuracy": real_average,
+            "matrix": real,
+        },
+        "la": average[-1],
+        "aia": None if joint else _mean([real_average[0], *average[1:]]),
+        "aia_generated": None if joint else _mean(average),
     }
 
 

@@ -10,13 +10,14 @@ from .names import dataset_name, method_name
 from .plots import format_number, plot_curves, plot_heat_map, plot_importance, plot_losses, read_train_log
 
 
-HIGHER_IS_BETTER = ("accuracy", "recall")
+HIGHER_IS_BETTER = ("accuracy", "precision", "recall")
 PLUS_MINUS = "\u00b1"
 METRIC_MEANINGS = {
     "fid": "Frechet distance of InceptionV3 features",
     "kid": "kernel distance of InceptionV3 features; equal class counts put it below 0, so read it against its floor",
     "fd_": "Frechet distance of this extractor's features; not FID",
     "kd_": "kernel distance of this extractor's features; not KID; equal class counts put it below 0: read it against its floor",
+    "precision": "share of generated images that have a real one near them",
     "recall": "share of real images that have a generated one near them",
     "accuracy": "generated images that a classifier trained on real ones gives their own class",
     "kld": "KL(real, generated) over predicted classes",
@@ -101,7 +102,23 @@ def key_table(metrics: dict) -> list[str]:
         lines.append(
             f"| {name} ({better} is better) | {average} | {learning} | {forgetting} | {worst} | {floor} | {meaning} |"
         )
-    return [*lines, "", measurement_note(metrics, first, metrics["floor"][first])]
+    return [*lines, "", measurement_note(metrics, first, metrics["floor"][first]), *_classification_lines(metrics)]
+
+
+def _classification_lines(metrics: dict) -> list[str]:
+    """What classifiers learned from the images, where any were trained: one paragraph."""
+    if (found := metrics.get("classification")) is None:
+        return []
+    average, real = (", ".join(map(format_number, side["average_accuracy"])) for side in (found, found["real"]))
+    la, aia, aia_generated = (format_number(found[key]) for key in ("la", "aia", "aia_generated"))
+    text = (
+        f"A classifier ({found['network']}) trained on {found['images_per_class']} generated images a class alone, anew after "
+        f"every task, has the accuracy {average} on the real test images of the tasks so far. LA {la}, AIA {aia} "
+        f"({aia_generated} with generated images for the first task too; arXiv 2510.02631)."
+    )
+    if found["real"]["images_per_class"] is not None:
+        text += f" Trained on real images, at most {found['real']['images_per_class'][1]} a class: {real}."
+    return ["", text]
 
 
 def _summary(metrics: dict) -> str:
@@ -206,6 +223,10 @@ def _write_plots(output_dir: Path, metrics: dict) -> None:
         plot_curves(plots / "average.png", curves, tasks, f"{name} (lower is better)", floor)
     if importance := metrics.get("parameters", {}).get("importance"):
         plot_importance(plots / "importance.png", importance)
+    learned = metrics.get("classification", {"average_accuracy": []})["average_accuracy"]
+    if len(learned) > 1 and None not in learned:
+        curves = {"classifier of generated images": [learned]}
+        plot_curves(plots / "classification.png", curves, tasks, "accuracy on real test images", None)
     log = output_dir / "logs" / "train_log.jsonl"
     if log.exists():
         plot_losses(plots / "losses.png", read_train_log(log))
@@ -241,6 +262,7 @@ def write_report(output_dir: str | Path) -> Path:
     rows = f"Rows from the top: {', '.join(map(plain, learned[:100]))}."
     grids = [picture(f"samples/{path.name}", f"Samples after {path.stem}, a row a class") for path in samples]
     recall = metrics["metrics"]["recall"]["average"][-1]
+    precision = metrics["metrics"].get("precision", {"average": [None]})["average"][-1]
     run = output_dir / "run.json"
     lines = [
         *[f"# {method_name(config)} on {dataset_name(config)}", "", _summary(metrics), ""],
@@ -249,6 +271,7 @@ def write_report(output_dir: str | Path) -> Path:
         *picture("plots/task_matrix.png", f"{name} of every task after every task"),
         *picture("plots/forgetting.png", f"Change of {name} since each task was learned"),
         *picture("plots/average.png", f"Average {name} after every task, with the floor"),
+        *picture("plots/classification.png", "Accuracy of a classifier trained on generated images, after every task"),
         *section(
             "Accuracy by class",
             "Share of a class's generated images that a classifier trained on real ones gives that class.",
@@ -262,8 +285,8 @@ def write_report(output_dir: str | Path) -> Path:
         *section(
             "Copies or new images",
             "Generated images, each above the training image nearest to it: equal pairs are copies. Recall "
-            f"({format_number(recall)}) is about variety, low where a few images are drawn again and again; it means "
-            "nothing with few images.",
+            f"({format_number(recall)}) is about variety, low where a few images are drawn again and again; precision "
+            f"({format_number(precision)}) is low where images are like no real one. They mean nothing with few images.",
             picture("plots/nearest.png", "Generated above nearest training images"),
         ),
         *section(

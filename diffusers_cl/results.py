@@ -30,7 +30,7 @@ DATA_KEYS = (
     "feature_extractor_weights_path",
 )
 # What does not make it another method.
-SAME_METHOD_KEYS = ("seed", "num_threads", "license", "class_order")
+SAME_METHOD_KEYS = ("seed", "num_threads", "license", "class_order", "generated_classifier_images")
 # Files and folders of one machine.
 PATH_KEYS = (
     "feature_extractor",
@@ -180,11 +180,12 @@ def same_versions(machine: dict) -> bool:
 
 
 def is_result_of(run: Run, config: TrainingConfig) -> bool:
-    """Returns whether a run is what a configuration would give: method, seed, order of the classes, versions."""
+    """Returns whether a run is what a configuration would give: method, seed, order of the classes, what is measured, versions."""
     config, model_config = asdict(config), read_model_config(config.model_config_name_or_path)
+    same = ("seed", "class_order", "generated_classifier_images")
     return (
         run.method == method_config(portable_config(config), model_config)
-        and (run.seed, run.config.get("class_order")) == (config["seed"], config["class_order"])
+        and all(run.config.get(key) == config[key] for key in same)
         and same_versions(run.machine)
     )
 
@@ -242,7 +243,8 @@ def join_result(run: Run, made_by: str | None, scale: float | None = None) -> di
 def check_comparable(runs: list[Run], metric: str) -> None:
     """
     Raises a `ValueError` if a run lacks the metric or two measured different things, naming them and what differs. Runs
-    whose classes come in another `class_order` have other tasks, but the same classes in as many of the same size.
+    whose classes come in another `class_order` have other tasks, but the same classes in as many of the same size. Not all
+    need have trained classifiers, but those that did, on equally many generated images a class.
     """
     for run in runs:
         if metric not in run.metrics["metrics"]:
@@ -259,15 +261,21 @@ def check_comparable(runs: list[Run], metric: str) -> None:
             return values | {"classes a task": list(map(len, tasks)), "images": sum(num_images)}
         return values | {"tasks": tasks, "images a task": num_images}
 
-    first = runs[0]
+    def refuse(one: Run, other: Run, key: str, *values) -> None:
+        text = f"{key} is {values[0]!r} and {values[1]!r}"
+        raise ValueError(f"{one.path} and {other.path} cannot stand in one table: {text}")
+
+    first, key = runs[0], "generated_classifier_images"
+    classified = [run for run in runs if run.config.get(key) is not None]
+    for run in classified[1:]:
+        if run.config[key] != classified[0].config[key]:
+            refuse(classified[0], run, key, classified[0].config[key], run.config[key])
     for run in runs[1:]:
         reordered = run.config.get("class_order") != first.config.get("class_order")
         expected = measured(first, reordered)
         for key, value in measured(run, reordered).items():
             if value != expected[key]:
-                raise ValueError(
-                    f"{first.path} and {run.path} cannot stand in one table: {key} is {expected[key]!r} and {value!r}"
-                )
+                refuse(first, run, key, expected[key], value)
 
 
 def group_runs(runs: list[Run]) -> dict[str, list[Run]]:

@@ -61,6 +61,8 @@ def scaled_settings(config: TrainingConfig, scale: float, num_train: int, num_ev
         settings["num_train_epochs"] = scaled(config["num_train_epochs"])
     else:
         settings["max_train_steps"] = list(map(scaled, steps)) if isinstance(steps, list) else scaled(steps)
+    if config["generated_classifier_images"] is not None:
+        settings["generated_classifier_images"] = scaled(config["generated_classifier_images"], 2)
     for key in ("replay_images_per_class", "memory_images_per_class", "memory_bytes"):
         if config.get(key) is not None:
             settings[key] = scaled(config[key])

@@ -4,10 +4,10 @@ import re
 
 from .plots import format_number
 from .report import HIGHER_IS_BETTER, PLUS_MINUS, format_spread, measurement_note
-from .results import Run
+from .results import Run, mean_and_error
 
 
-# Markdown's column names. Those that no row fills are left out.
+# Markdown's column names.
 COLUMNS = {
     "method": "method",
     "seeds": "seeds",
@@ -16,13 +16,21 @@ COLUMNS = {
     "forgetting": "forgetting",
     "worst": "worst task",
     "accuracy": "accuracy",
+    "la": "LA",
+    "aia": "AIA",
+    "aia_generated": "AIA, all generated",
+    "per_class": "PPC",
     "gap_closed": "gap closed",
     "paired": "average - distillation's",
     "published": "published",
     "stored": "stored",
     "generated": "images generated",
     "minutes": "minutes",
+    "classification_minutes": "of these for LA, AIA",
 }
+# Left out where no row has a value.
+OPTIONAL_COLUMNS = ("accuracy", "la", "aia", "aia_generated", "per_class", "gap_closed", "paired", "published")
+OPTIONAL_COLUMNS += ("classification_minutes",)
 FLOOR_NAME = "floor (real against real)"
 LATEX_ESCAPES = {character: f"\\{character}" for character in "&%$#_{}"} | {
     "\\": r"\textbackslash{}",
@@ -44,6 +52,13 @@ def format_bytes(number: int | None) -> str:
     return f"{digits} {('B', 'kB', 'MB', 'GB', 'TB')[exponent]}"
 
 
+def format_count(number: int | None) -> str:
+    """Returns a number of parameters as papers have it: 10.0K."""
+    if number is None:
+        return "n/a"
+    return f"{number}" if number < 1000 else f"{format_number(number / 1000)}K"
+
+
 def _mean(value: tuple | None, scale: float, sign: bool = False) -> str:
     if value is None:
         return "n/a"
@@ -63,12 +78,15 @@ def _cells(row: dict) -> dict[str, str]:
         **{key: _mean(row[key], scale, sign=key == "forgetting") for key in ("average", "learning", "forgetting")},
         "worst": _mean(row["worst"], scale),
         "accuracy": _mean(row["accuracy"], 1.0),
+        # Shares with three decimals: methods may differ by less than 1 %.
+        **{key: _mean(row[key], 0.5) for key in ("la", "aia", "aia_generated")},
+        "per_class": format_count(row["per_class"]),
         "gap_closed": "n/a" if row["gap_closed"] is None else f"{row['gap_closed']:.0%}",
         "paired": "" if row["is_reference"] else paired,
         "published": " / ".join("n/a" if value is None else f"{value}" for value in row["published"] or []),
         "stored": format_bytes(row["stored"]),
         "generated": "n/a" if row["generated"] is None else f"{row['generated']:.0f}",
-        "minutes": "n/a" if row["minutes"] is None else f"{row['minutes']:.1f}",
+        **{key: "n/a" if row[key] is None else f"{row[key]:.1f}" for key in ("minutes", "classification_minutes")},
     }
 
 
@@ -76,11 +94,11 @@ def table_cells(table: dict) -> list[list[str]]:
     """Returns the comparison (from [`compare`]) as rows of text: the head, a row a method, the floor."""
     cells = [_cells(row) for row in table["rows"]]
     columns = [
-        key
-        for key in COLUMNS
-        if key not in ("accuracy", "gap_closed", "paired", "published")
-        or any(row[key] is not None for row in table["rows"])
+        key for key in COLUMNS if key not in OPTIONAL_COLUMNS or any(row[key] is not None for row in table["rows"])
     ]
+    # A column of zeros says nothing.
+    if "per_class" in columns and not any(row["per_class"] for row in table["rows"]):
+        columns.remove("per_class")
     rows = [[COLUMNS[key] for key in columns], *([row[key] for key in columns] for row in cells)]
     if floor := table["floor"]:
         known = {"method": FLOOR_NAME, "average": format_spread(floor["mean"], floor["std"])}
@@ -125,6 +143,7 @@ def table_notes(table: dict) -> list[str]:
         notes.append("No gap closed: there is more than one fine-tuning or joint method.")
     if any(row["accuracy"] for row in table["rows"]):
         notes.append("Accuracy: images of the last model that a classifier trained on real ones gives their class.")
+    notes += classification_notes(table)
     if any(row["paired"] for row in table["rows"]):
         notes.append(f"Average - distillation's: over the n pairs of equal seed{_and_order(runs)}.")
     if any(row["published"] for row in table["rows"]):
@@ -137,6 +156,26 @@ def table_notes(table: dict) -> list[str]:
         "fewer images and a smaller network than the preset's; not to be compared with published numbers."
     ]
     return [*(scaled if scales else []), " ".join(notes)]
+
+
+def classification_notes(table: dict) -> list[str]:
+    """Returns what LA, AIA and PPC are, where a run has them, and the level of a classifier of real images."""
+    found = [run.metrics["classification"] for run in table["runs"] if "classification" in run.metrics]
+    notes = []
+    if found:
+        notes.append(
+            f"LA, AIA: accuracy on real test images of a {found[0]['network']} trained on {found[0]['images_per_class']} "
+            "generated images a class alone, after the last task and averaged over the tasks (AIA with real images for the "
+            "first task, as arXiv 2510.02631 has it)."
+        )
+        levels = [one["real"]["average_accuracy"][-1] for one in found]
+        if bound := mean_and_error([level for level in levels if level is not None]):
+            most = max(one["real"]["images_per_class"][1] for one in found if one["real"]["images_per_class"])
+            notes.append(f"On at most {most} real images a class it has {_mean(bound, 0.5)} (classifier multitask).")
+        notes.append("LA of the joint method: generative multitask.")
+    if any(row["per_class"] for row in table["rows"]):
+        notes.append("PPC: parameters of its own that a class has.")
+    return notes
 
 
 def _and_order(runs: list[Run]) -> str:
@@ -167,6 +206,15 @@ def to_latex(rows: list[list[str]], notes: list[str]) -> str:
             *["", rf"\par\smallskip{{\footnotesize {text}\par}}", ""],
         ]
     )
+
+
+def published_classification_cells(published: dict) -> list[list[str]]:
+    """Returns the published LA of other methods (`results/published.json`) as rows of text, the head first."""
+    found = published["classification"]
+    rows = [["published", *found["columns"]]]
+    for name, (la, hours, millions, per_class) in found["methods"].items():
+        rows.append([name, f"{la:.2f}", f"{hours:.1f}", f"{millions:g}", format_count(per_class)])
+    return rows
 
 
 def render_markdown(table: dict, per_task: bool = False) -> str:

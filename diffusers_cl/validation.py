@@ -95,6 +95,8 @@ def validate(config: TrainingConfig) -> None:
     bounds = [0, *config.fisher_timesteps, NUM_TRAIN_TIMESTEPS]
     within = len(bounds) == 4 and bounds[0] <= bounds[1] < bounds[2] <= bounds[3]
     require(within, "fisher_timesteps", f"[start, end) within [0, {NUM_TRAIN_TIMESTEPS}]")
+    # A normalisation over a batch needs two.
+    require(config.generated_classifier_images != 1, "generated_classifier_images", "null, or 2 images and more")
     if config.overwrite_output_dir:
         require(config.resume_from_checkpoint is None, "resume_from_checkpoint", "null when overwriting")
     if config.feature_extractor_weights_path is not None:

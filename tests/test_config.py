@@ -98,6 +98,7 @@ def test_what_is_written_is_read_again(write, name):
 @pytest.mark.parametrize(
     ("line", "words"),
     [
+        ("generated_classifier_images: 1", ["generated_classifier_images", "1", "2 images and more"]),
         ("learning_rat: 1", ["learning_rat", "'learning_rate'"]),
         ("seed: abc", ["seed", "abc"]),
         ("seed: 1.5", ["seed", "1.5"]),

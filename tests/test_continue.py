@@ -80,7 +80,7 @@ def test_old_columns_of_the_matrix_are_measured_without_old_data(plain_run, cont
         row = values["matrix"][2]
         if name == "fd_features":
             assert all(value > 0 for value in row) and values["forgetting"] is not None
-        elif name in ("kd_features", "recall"):
+        elif name in ("kd_features", "precision", "recall"):
             assert row[:2] == [None, None] and row[2] is not None and values["average"][-1] is None
         else:
             # The extractor knows digits, and no apple.

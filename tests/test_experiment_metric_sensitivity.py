@@ -12,7 +12,7 @@ from PIL import Image
 
 import diffusers_cl
 from diffusers_cl import classifier
-from diffusers_cl.metrics import frechet_distance, recall
+from diffusers_cl.metrics import frechet_distance, precision_and_recall
 
 
 SCRIPT = Path(diffusers_cl.__file__).parents[1] / "scripts" / "experiments" / "metric_sensitivity.py"
@@ -121,8 +121,8 @@ def test_metrics_see_what_they_must(pool, pair):
         for condition in (("undamaged", 0), ("wrong_classes", 20), ("swapped_labels", 20), ("blur_all", 1.0))
     )
     assert clean["fd_classifier[0]"] == frechet_distance(pool.features[0][rows], pool.features[0][reference])
-    assert clean["recall"] == recall(pool.features[0][rows], pool.features[0][reference])
-    assert clean["precision"] == recall(pool.features[0][reference], pool.features[0][rows])
+    expected = precision_and_recall(pool.features[0][rows], pool.features[0][reference])
+    assert (clean["precision"], clean["recall"]) == expected
     for name in ("fd_classifier[0]", "kd_classifier", "fd_pixels"):
         assert min(wrong[name], blurred[name]) > 2 * clean[name]
     assert wrong["precision"] < clean["precision"] - 0.1

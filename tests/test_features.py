@@ -180,7 +180,7 @@ def test_inception_features_from_a_file(files, tmp_path, splits, monkeypatch):
     # Grey images are repeated to RGB as they are, in uint8.
     expected = network(images.repeat(1, 3, 1, 1))[0].double()
     assert torch.allclose(features, expected)
-    assert set(task_metrics(features, features, extractor.name)) == {"fid", "kid", "recall"}
+    assert set(task_metrics(features, features, extractor.name)) == {"fid", "kid", "precision", "recall"}
 
 
 def test_the_small_classifier_travels(splits, files, tmp_path):

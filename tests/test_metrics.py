@@ -18,7 +18,7 @@ from diffusers_cl.metrics import (
     frechet_distance,
     kernel_distance,
     kl_divergence,
-    recall,
+    precision_and_recall,
     statistics,
     summarize,
     task_metrics,
@@ -163,22 +163,20 @@ def test_distances_grow_with_the_difference_and_are_small_for_the_same_distribut
         assert abs(same) < near < far
 
 
-def test_recall():
+def test_precision_and_recall():
     generator = torch.Generator().manual_seed(0)
     real = torch.randn(60, 4, generator=generator)
-    assert recall(real, real) == 1.0
-    assert recall(real + 100, real) == 0.0
+    assert precision_and_recall(real, real) == (1.0, 1.0)
+    assert precision_and_recall(real + 100, real) == (0.0, 0.0)
     # Copies of few images: those images are found, the others are not.
-    copies = real[:6].repeat(10, 1)
-    assert recall(copies, real) < 0.2
-    # The other way round, the share of generated images among real ones, it would be 1.
-    assert recall(real, copies) == 1.0
+    precision, recall = precision_and_recall(real[:6].repeat(10, 1), real)
+    assert precision == 1.0 and recall < 0.2
 
 
-def test_recall_of_very_few_images():
+def test_precision_and_recall_of_very_few_images():
     # The neighbourhood of 3 is larger than the set.
     features = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
-    assert recall(features, features) == 1.0
+    assert precision_and_recall(features, features) == (1.0, 1.0)
 
 
 def test_kl_divergence_by_hand():
@@ -220,14 +218,15 @@ def test_metrics_of_a_task():
     assert task_metrics(generated, real, "inception") == {
         "fid": frechet_distance(generated, real),
         "kid": kernel_distance(generated, real),
-        "recall": recall(generated, real),
+        "precision": precision_and_recall(generated, real)[0],
+        "recall": precision_and_recall(generated, real)[1],
     }
     metrics = task_metrics(generated, real, "classifier")
-    assert metrics.keys() == {"fd_classifier", "kd_classifier", "recall"}
+    assert metrics.keys() == {"fd_classifier", "kd_classifier", "precision", "recall"}
     assert all(type(value) is float for value in metrics.values())
     # Of what is no longer there, its statistics give the same Frechet distance, and nothing else.
     kept = task_metrics(generated, statistics(real), "inception")
-    assert kept == {"fid": frechet_distance(generated, real), "kid": None, "recall": None}
+    assert kept == {"fid": frechet_distance(generated, real), "kid": None, "precision": None, "recall": None}
 
 
 def test_accuracy():

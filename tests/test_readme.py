@@ -16,7 +16,7 @@ from diffusers_cl.config import TrainingConfig
 from diffusers_cl.plots import format_number
 from diffusers_cl.report import read_json
 from diffusers_cl.results import load_run
-from diffusers_cl.tables import render_latex, render_markdown
+from diffusers_cl.tables import published_classification_cells, render_latex, render_markdown, to_markdown
 
 
 ROOT = Path(__file__).parents[1]
@@ -74,6 +74,13 @@ def test_a_table_is_that_of_the_committed_results(patterns):
     command = [sys.executable, str(ROOT / "scripts" / "compare_runs.py"), *files]
     table = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert f"<!-- compare_runs.py {patterns} -->\n\n{table[: table.index(chr(10) * 2)]}" in README
+
+
+def test_the_published_table_is_that_of_the_file():
+    published = read_json(ROOT / "results" / "published.json")
+    table = to_markdown(published_classification_cells(published))
+    assert f"<!-- published.json classification -->\n\n{table}\n" in README
+    assert "| FunLoRA | 84.02 | 5.1 | 35.84 | 10.0K |" in table and "| JDCL | 83.69 | 26.9 | 52.4 | n/a |" in table
 
 
 FOLDERS = sorted({path.parent for path in (ROOT / "results").rglob("*-seed*.json") if path.parent.name != "sweep"})

@@ -39,6 +39,9 @@ def test_scaled_sizes():
         "max_train_steps": [70, 1],
         "memory_images_per_class": 1,
     }
+    for count, scaled in ((145, 14), (10, 2)):
+        classified = dataclasses.replace(steps, generated_classifier_images=count)
+        assert scaled_settings(classified, 0.1, 1438, 36)["generated_classifier_images"] == scaled
     capped = dataclasses.replace(cifar, eval_images_per_class=20)
     assert scaled_settings(capped, 0.5, 50_000, 1000)["eval_images_per_class"] == 10
 

@@ -22,7 +22,6 @@ from matplotlib.figure import Figure
 from scipy.stats import kendalltau
 from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
-from torch_fidelity.metric_prc import prc_features_to_metric
 from torchvision.transforms.functional import gaussian_blur
 
 from diffusers_cl.classifier import NUM_FEATURES, train_classifier, weights_digest
@@ -30,7 +29,7 @@ from diffusers_cl.config import TrainingConfig
 from diffusers_cl.data import ImageSplit, load_splits
 from diffusers_cl.features import FeatureExtractor
 from diffusers_cl.files import write_json
-from diffusers_cl.metrics import frechet_distance, kernel_distance
+from diffusers_cl.metrics import frechet_distance, kernel_distance, precision_and_recall
 from diffusers_cl.randomness import derive_seed
 from diffusers_cl.tasks import resolve_tasks
 
@@ -135,12 +134,12 @@ def measure(rows: np.ndarray, labels: np.ndarray, reference: np.ndarray, pool: P
     if (key := rows.tobytes()) not in known:
         # What has no seed in its name is of the first classifier's features.
         generated, real = (next(iter(pool.features.values()))[part] for part in (rows, reference))
-        # As in `metrics.recall`, which does not return the precision.
-        prc = prc_features_to_metric(generated, real, prc_neighborhood=3, verbose=False)
+        precision, recall = precision_and_recall(generated, real)
         known[key] = {
             **{f"fd_classifier[{seed}]": frechet_distance(f[rows], f[reference]) for seed, f in pool.features.items()},
             "kd_classifier": kernel_distance(generated, real),
-            **{name: prc[name] for name in ("recall", "precision")},
+            "recall": recall,
+            "precision": precision,
             "fd_pixels": frechet_distance(pool.pixels[rows], pool.pixels[reference]),
         }
     accuracy = {f"accuracy[{seed}]": float(np.mean(p[rows] == labels)) for seed, p in pool.predictions.items()}
