@@ -219,14 +219,15 @@ def main(config: TrainingConfig, start: Start | None, lock: OutputLock, stop: St
         accelerator.init_trackers("train_continual", config=scalars)
         train_log = open(output_dir / "logs" / "train_log.jsonl", "a", buffering=1)  # noqa: SIM115 (closed at the end)
 
-    def sampler(unet, phase: str, num_inference_steps: int, batch_size: int):
+    def sampler(unet, phase: str):
         """Returns a function of class ids and noise keys that samples uint8 images, shared out over the processes."""
+        is_replay = phase == "replay"
         return partial(
             sample_images,
             as_pipeline(unet, noise_scheduler),
             seed=config.seed,
-            num_inference_steps=num_inference_steps,
-            batch_size=batch_size,
+            num_inference_steps=config.replay_num_inference_steps if is_replay else config.eval_num_inference_steps,
+            batch_size=config.replay_batch_size if is_replay else config.eval_batch_size,
             **sharing,
             description=f"Task {record.task}: sampling ({phase})",
             disable_progress_bar=quiet,
@@ -250,9 +251,7 @@ def main(config: TrainingConfig, start: Start | None, lock: OutputLock, stop: St
                     tasks,
                     class_ids,
                     unet,
-                    lambda teacher: sampler(
-                        teacher, "replay", config.replay_num_inference_steps, config.replay_batch_size
-                    ),
+                    partial(sampler, phase="replay"),
                     config,
                     accelerator,
                     logger.warning,
@@ -272,9 +271,7 @@ def main(config: TrainingConfig, start: Start | None, lock: OutputLock, stop: St
         step_before_task = global_step
 
         # Initialize the optimizer and the learning rate scheduler, anew for every task
-        learning_rate = adapt(
-            unet, phases[task], [name for names in tasks[:task] for name in names], class_ids, config
-        )
+        learning_rate = adapt(unet, tasks, task, class_ids, config)
         optimizer = torch.optim.AdamW(
             unet.parameters(),
             lr=learning_rate,
@@ -507,11 +504,9 @@ def main(config: TrainingConfig, start: Start | None, lock: OutputLock, stop: St
                 )
 
         fisher = [*fisher, penalty and penalty.summary()[-1]]
-        sample = sampler(unet, "classify", config.eval_num_inference_steps, config.eval_batch_size)
-        classified = classification(sample, num_tasks_seen[task], record.phase)
+        classified = classification(sampler(unet, "classify"), num_tasks_seen[task], record.phase)
         with record.phase("evaluate"):
-            sample = sampler(unet, "evaluate", config.eval_num_inference_steps, config.eval_batch_size)
-            row, first_images = evaluation(sample, num_tasks_seen[task])
+            row, first_images = evaluation(sampler(unet, "evaluate"), num_tasks_seen[task])
             record.content["images"]["generated"] += sum(row["num_images"])
             rows = [*rows, row | classified]
             metrics = {

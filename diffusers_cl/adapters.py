@@ -60,32 +60,32 @@ def as_pipeline(unet: nn.Module, noise_scheduler, id2label: dict[int, str] | Non
 
 
 def adapt(
-    unet: nn.Module, names: Sequence[str], earlier: Sequence[str], class_ids: dict[str, int], config: TrainingConfig
+    unet: nn.Module, tasks: list[list[str]], task: int, class_ids: dict[str, int], config: TrainingConfig
 ) -> float:
     """
     Prepares a network for a task and returns its learning rate. With an adapter, all of it is frozen but the new classes'
-    own parameters; before there are earlier classes it is trained as a whole.
+    own parameters; in the first task it is trained as a whole.
 
     Args:
         unet (`UNet2DModel` or [`AdaptedUNet`]): of the run, which changes.
-        names (`list[str]`): the classes of the task.
-        earlier (`list[str]`): those that were learned before it.
-        class_ids (`dict[str, int]`): of the stream.
+        tasks (`list[list[str]]`), class_ids (`dict[str, int]`): of the stream.
+        task (`int`): that is about to be trained, from 0.
         config ([`TrainingConfig`]): its adapter keys.
 
     Raises:
         ConfigError: when no convolution is named as in `adapter_layers`, or the ratio does not divide the channels of one.
     """
-    if config.adapter == "none" or not earlier:
+    if config.adapter == "none" or task == 0:
         return config.learning_rate
     if unet.adapters is None:
-        unet.adapters = _new_adapters(unet.unet, [class_ids[name] for name in earlier], config)
+        earlier = [class_ids[name] for names in tasks[:task] for name in names]
+        unet.adapters = _new_adapters(unet.unet, earlier, config)
     # As it is loaded, a network is not frozen.
     unet.unet.requires_grad_(False)
-    for name in names:
+    for name in tasks[task]:
         if class_ids[name] not in unet.adapters.class_ids:
             unet.adapters.add_class(class_ids[name], unet.unet, name)
-    unet.adapters.train_only([class_ids[name] for name in names])
+    unet.adapters.train_only([class_ids[name] for name in tasks[task]])
     return config.adapter_learning_rate or config.learning_rate
 
 

@@ -206,17 +206,9 @@ def check_start(start: Start, config: TrainingConfig) -> None:
         raise ConfigError(
             f"replay is 'memory', but {start.model} has no {CONSOLIDATION}/{MEMORY_NAME} with images of its classes"
         )
-    for key in FIXED_KEYS:
-        if getattr(config, key) != start.state["config"][key]:
-            raise ConfigError(
-                f"{key} is {getattr(config, key)!r}; allowed: {start.state['config'][key]!r}, which {start.model} has"
-            )
-    if (start.folder / ADAPTERS).exists():
-        for key in ADAPTER_KEYS:
-            if getattr(config, key) != (found := start.state["config"].get(key)):
-                raise ConfigError(
-                    f"{key} is {getattr(config, key)!r}; allowed: {found!r}, as {start.model} is adapted"
-                )
+    for key in (*FIXED_KEYS, *(ADAPTER_KEYS if (start.folder / ADAPTERS).exists() else ())):
+        if getattr(config, key) != (found := start.state["config"].get(key)):
+            raise ConfigError(f"{key} is {getattr(config, key)!r}; allowed: {found!r}, which {start.model} has")
     name = start.state["feature_extractor_info"]["name"]
     if config.feature_extractor != name and {"classifier", "inception"} & {config.feature_extractor, name}:
         raise ConfigError(

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from script_helpers import arguments, finished_run, interrupted_copy, run, write_images
 
 from diffusers_cl.adapters import add_class, remove_class
+from diffusers_cl.config import FUNLORA_LAYERS
 from diffusers_cl.errors import CheckpointError, ConfigError
 from diffusers_cl.pipeline import ClassConditionalPipeline
 from diffusers_cl.results import effective_config
@@ -125,7 +126,7 @@ def test_what_a_model_is_adapted_with_stays(adapted_run, tmp_path, capfd, key, v
     ("settings", "words"),
     [
         ({"adapter_layers": '["nowhere.*"]'}, ["adapter_layers", "nowhere.*", "conv_in"]),
-        ({"adapter_ratio": 3}, ["adapter_ratio", "ratio is 3", "16 and 32"]),
+        ({"adapter_ratio": 3}, ["adapter_ratio", "ratio is 3", "16 and 16"]),
         ({"funlora_terms": 1}, ["funlora_terms", "num_terms is 1"]),
         ({"replay": "lwf"}, ["replay", "'lwf'", "funlora"]),
         ({"penalty": "ewc"}, ["penalty", "'ewc'", "funlora"]),
@@ -143,7 +144,7 @@ def test_what_cannot_be_adapted_is_said_before_anything_is_trained(files, tmp_pa
 
 def test_a_network_without_the_default_layers_is_refused(files, tmp_path, capfd):
     """The network of the digits has two blocks: nothing of it is called as in the paper's, but for a shortcut."""
-    settings = {key: value for key, value in ADAPTED.items() if key != "adapter_layers"}
+    settings = {**ADAPTED, "adapter_layers": json.dumps(FUNLORA_LAYERS)}
     unet = {**json.loads((files / "unet.json").read_text()), "block_out_channels": [8]}
     unet |= {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}
     (tmp_path / "unet.json").write_text(json.dumps(unet))
