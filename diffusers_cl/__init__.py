@@ -16,11 +16,15 @@ _PUBLIC = {
     "MemoryReplay": "replay",
     "Rank1EWC": "ewc",
     "TrainingConfig": "config",
+    "add_class": "adapters",
     "denoising_losses": "losses",
     "diagonal_fisher": "fisher",
+    "fetch_class": "class_files",
     "load_pipeline": "sampling",
     "per_sample_gradients": "fisher",
+    "push_class": "class_files",
     "rank1_fisher": "fisher",
+    "remove_class": "adapters",
     "training_target": "losses",
 }
 

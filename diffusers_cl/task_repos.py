@@ -183,6 +183,43 @@ def _set_tag(api: HfApi, repo_id: str, tag: str, commit: str) -> None:
     api.create_tag(repo_id, tag=tag, revision=commit)
 
 
+def push_files(
+    folder: Path,
+    sums: dict[str, str],
+    repo_id: str,
+    message: str,
+    *,
+    token: str | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    tag: str | None = None,
+) -> dict[str, str]:
+    """
+    Makes files all that a repo has, as one commit, which is verified and then tagged; what is there already is not sent again.
+
+    Args:
+        folder (`Path`), sums (`dict[str, str]`): the files' names in it, with their sha256.
+        repo_id (`str`), message (`str`): of the commit.
+        token, private, revision, tag: as in [`push_task_folder`]; without a tag none is set.
+
+    Returns:
+        `dict`: `"repo_id"`, `"commit"` and `"url"`.
+
+    Raises:
+        ConfigError, DataError: as [`push_task_folder`].
+    """
+    branch = revision or constants.DEFAULT_REVISION
+    api = open_api(token)
+    _create_repo(api, repo_id, private)
+    try:
+        commit = retry(lambda: _commit(api, repo_id, branch, folder, sums, message), repo_id)
+        if tag is not None:
+            retry(lambda: _set_tag(api, repo_id, tag, commit), repo_id)
+    except CLIENT_ERRORS as error:
+        raise fault(error, repo_id, api.token) from None
+    return {"repo_id": repo_id, "commit": commit, "url": f"{api.endpoint}/{repo_id}"}
+
+
 def push_task_folder(
     folder: str | Path,
     repo_id: str,
@@ -216,13 +253,6 @@ def push_task_folder(
     manifest = f"{CONSOLIDATION}/{MANIFEST_NAME}"
     sums = json.loads((folder / manifest).read_text())["sha256"]
     sums[manifest] = file_sha256(folder / manifest)
-    branch = revision or constants.DEFAULT_REVISION
-    api = open_api(token)
-    _create_repo(api, repo_id, private)
-    try:
-        commit = retry(lambda: _commit(api, repo_id, branch, folder, sums, f"Add {tag}"), repo_id)
-        retry(lambda: _set_tag(api, repo_id, tag, commit), repo_id)
-    except CLIENT_ERRORS as error:
-        raise fault(error, repo_id, api.token) from None
-    url = f"{api.endpoint}/{repo_id}"
-    return {"repo_id": repo_id, "commit": commit, "tag": tag, "url": url, "manifest_sha256": sums[manifest]}
+    options = {"token": token, "private": private, "revision": revision, "tag": tag}
+    pushed = push_files(folder, sums, repo_id, f"Add {tag}", **options)
+    return {**pushed, "tag": tag, "manifest_sha256": sums[manifest]}
