@@ -56,11 +56,9 @@ OWN_KEYS = (
 )
 # What the model, or the rows of its task matrix, cannot change any more.
 FIXED_KEYS = ("resolution", "objective", "prediction_type", "eval_num_inference_steps")
-# Of these, what older states do not say, and what they are of.
-LATER_KEYS = {"objective": "diffusion"}
 # Of parts of a state, the same.
 PART_KEYS = {
-    "config": ("stream", "penalty", "feature_extractor", *(key for key in FIXED_KEYS if key not in LATER_KEYS)),
+    "config": ("stream", "penalty", "feature_extractor", *(key for key in FIXED_KEYS if key != "objective")),
     "feature_extractor_info": ("name", "sha256"),
 }
 
@@ -83,9 +81,6 @@ class Start:
     model: str
     revision: str | None
     is_repo: bool
-
-    def __post_init__(self):
-        self.state["config"] = LATER_KEYS | self.state["config"]
 
     @property
     def task(self) -> int:
@@ -207,7 +202,9 @@ def check_start(start: Start, config: TrainingConfig) -> None:
             f"replay is 'memory', but {start.model} has no {CONSOLIDATION}/{MEMORY_NAME} with images of its classes"
         )
     for key in (*FIXED_KEYS, *(ADAPTER_KEYS if (start.folder / ADAPTERS).exists() else ())):
-        if getattr(config, key) != (found := start.state["config"].get(key)):
+        # Older states do not say their objective, which was the default.
+        found = start.state["config"].get(key, getattr(TrainingConfig, key, None))
+        if getattr(config, key) != found:
             raise ConfigError(f"{key} is {getattr(config, key)!r}; allowed: {found!r}, which {start.model} has")
     name = start.state["feature_extractor_info"]["name"]
     if config.feature_extractor != name and {"classifier", "inception"} & {config.feature_extractor, name}:

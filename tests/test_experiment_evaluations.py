@@ -107,6 +107,11 @@ def test_what_readme_says_of_the_table_is_in_the_results():
     flow, ddim = means("flow_matching", "Euler", 50), means("diffusion", "DDIM", 50)
     heun, one = means("flow_matching", "Heun", 9), means("flow_matching", "Euler", 1)
     text = " ".join(README.split())
-    assert f"nearer ({flow[0]} against {ddim[0]}) at a lower recall ({flow[1]} against {ddim[1]})" in text
+    runs = {(about["objective"], about["seed"]): about["as the run measured it"] for about in content["models"]}
+    assert set(runs) == {(objective, seed) for objective in ("flow_matching", "diffusion") for seed in (0, 1)}
+    assert all(runs["flow_matching", seed] < runs["diffusion", seed] for seed in (0, 1))
+    assert (
+        f"nearer on both seeds ({flow[0]} against {ddim[0]}) at a lower recall ({flow[1]} against {ddim[1]})" in text
+    )
     assert f"Heun's method is at {heun[0]} and {heun[1]} after 9" in text
     assert f"all images of a class are about the same (recall {one[1]})" in text

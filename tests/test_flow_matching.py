@@ -232,10 +232,11 @@ def test_states_of_before_the_key_are_of_diffusion(flow_run, files, tmp_path, ca
         del state["config"]["objective"]
 
     older = edited(flow_run / "task-01", tmp_path / "task-01", files={"consolidation/state.json": forget})
-    start = load_start(TrainingConfig(dataset_name="digits", pretrained_model_name_or_path=str(older)))
-    assert start.settings["objective"] == "diffusion"
+    command = go_on(older, tmp_path / "run", cache_dir=files / "cache")
+    assert run([*command, "--objective", "flow_matching"]) == 2
+    assert "objective is 'flow_matching'; allowed: 'diffusion'" in capsys.readouterr().err
     # Here it is not true: the scheduler in the folder is not taken for DDIM's.
-    assert run(go_on(older, tmp_path / "run", cache_dir=files / "cache")) == 4
+    assert run(command) == 4
     assert "allowed: 'DDIMScheduler'" in capsys.readouterr().err
 
 
