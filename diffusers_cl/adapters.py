@@ -18,6 +18,7 @@ from .pipeline import ClassConditionalPipeline
 
 # In a task folder.
 ADAPTERS = "adapters"
+MAX_CLASSES = 100_000
 # Of the configuration, what the adapters of a model have once and for all.
 ADAPTER_KEYS = (
     *("adapter", "adapter_layers", "adapter_ratio", "funlora_function", "funlora_terms", "funlora_learn_terms"),
@@ -112,22 +113,39 @@ def with_adapter(unet: UNet2DModel, config: TrainingConfig) -> UNet2DModel | Ada
     return AdaptedUNet(unet)
 
 
-def load_adapters(folder: str | Path, unet: UNet2DModel) -> FunLoRA | None:
+def read_adapters(path: str | Path, unet: UNet2DModel | None = None) -> FunLoRA:
     """
-    Returns the adapters in the folder of a model, `None` where it has none. No code is run, nothing is unpickled.
+    Returns the adapters in a folder, not to be trained. No code is run, nothing is unpickled.
+
+    Args:
+        path (`Path`): what [`FunLoRA.save_pretrained`] wrote.
+        unet (`UNet2DModel`, *optional*): the network that they are for.
 
     Raises:
         CheckpointError: when they cannot be read, or are another network's.
     """
-    path = Path(folder) / ADAPTERS
-    if not (path / FunLoRA.config_name).exists():
-        return None
+    options = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
     try:
-        adapters = FunLoRA.from_pretrained(path)
-        adapted_modules(unet, adapters.config.layers, adapters.config.embedding_dim)
+        config = FunLoRA.load_config(path, local_files_only=True)
+        if len(config["names"]) > MAX_CLASSES:
+            raise ValueError(f"it has {len(config['names'])} classes; allowed: at most {MAX_CLASSES}")
+        # Nothing of the sizes that it names is made: what is not in the file stays without memory.
+        if unet is not None:
+            adapted_modules(unet, config["layers"], config["embedding_dim"])
+        adapters, info = FunLoRA.from_pretrained(path, **options)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise CheckpointError(f"{path} cannot be loaded: {first_line(error)}") from error
-    return adapters.to(unet.device)
+    # diffusers only warns of these.
+    different = [name for key in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in info[key]]
+    if different:
+        raise CheckpointError(f"{path}: its parameters do not fit its config: {', '.join(map(str, different[:3]))}")
+    return adapters.requires_grad_(False)
+
+
+def load_adapters(folder: str | Path, unet: UNet2DModel) -> FunLoRA | None:
+    """Returns the adapters in the folder of a model ([`read_adapters`]), where the network is; `None` where it has none."""
+    path = Path(folder) / ADAPTERS
+    return read_adapters(path, unet).to(unet.device) if path.exists() else None
 
 
 def add_class(pipeline: ClassConditionalPipeline, path: str | Path, name: str | None = None) -> int:

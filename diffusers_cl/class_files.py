@@ -5,21 +5,24 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData, constants
 from safetensors import SafetensorError
 
-from .adapters import ADAPTERS
+from .adapters import ADAPTERS, read_adapters
 from .errors import CheckpointError, ConfigError, first_line
 from .fetch import model_folder
-from .files import file_sha256, read_json
+from .files import file_sha256, read_json, replacing
 from .filters import read_class
 from .markup import code_span, plain
+from .shards import tensors_digest
 from .task_repos import push_files
 
 
 # In a repo of one class alone.
 CLASS_NAME = "class.safetensors"
-INDEX_FILES = re.compile(rf"model_index\.json|{re.escape(CLASS_NAME)}")
+FILES = re.compile(
+    rf"model_index\.json|{re.escape(CLASS_NAME)}|{ADAPTERS}/(config\.json|diffusion_pytorch_model\.safetensors)"
+)
 
 
 def _about(path: Path) -> dict:
@@ -37,8 +40,8 @@ def fetch_class(
     cache_dir: str | Path | None = None,
 ) -> Path:
     """
-    Returns the file of one class, which [`add_class`] takes: of an adapted model, or from a repo that [`push_class`] made, and
-    fetches nothing else. Nothing is unpickled or run.
+    Returns the file of one class, which [`add_class`] takes: from a repo that [`push_class`] made, or out of the adapters of a model,
+    of which nothing else is fetched. Nothing is unpickled or run.
 
     Args:
         model (`str`): a model's folder or repo, or that of one class.
@@ -49,22 +52,25 @@ def fetch_class(
         ConfigError: when the model has no such class, or none with adapters.
         CheckpointError, DataError: when the file is damaged, or cannot be fetched.
     """
-    folder, commit = model_folder(model, revision, INDEX_FILES, token, cache_dir)
+    folder, _ = model_folder(model, revision, FILES, token, cache_dir)
     if (folder / CLASS_NAME).exists():
-        path = folder / CLASS_NAME
-    else:
-        index = folder / "model_index.json"
-        known = read_json(index).get("id2label") if index.exists() else None
-        ids = {name: class_id for class_id, name in (known if isinstance(known, dict) else {}).items()}
-        class_id = ids.get(class_label) if isinstance(class_label, str) else class_label
-        if not str(class_id).isdecimal():
-            raise ConfigError(f"{model} has no class {class_label!r}; it has {', '.join(map(repr, ids)) or 'none'}")
-        name = f"{ADAPTERS}/class-{class_id}.safetensors"
-        folder, _ = model_folder(model, commit or revision, re.compile(re.escape(name)), token, cache_dir)
-        path = folder / name
-    if not path.exists():
+        _about(folder / CLASS_NAME)
+        return folder / CLASS_NAME
+    index = folder / "model_index.json"
+    known = read_json(index).get("id2label") if index.exists() else None
+    ids = {name: class_id for class_id, name in (known if isinstance(known, dict) else {}).items()}
+    class_id = str(ids.get(class_label) if isinstance(class_label, str) else class_label)
+    if class_id not in ids.values():
+        raise ConfigError(f"{model} has no class {class_label!r}; it has {', '.join(map(repr, ids)) or 'none'}")
+    if not (folder / ADAPTERS).exists():
+        raise ConfigError(f"{model} has no adapters, for no class")
+    adapters = read_adapters(folder / ADAPTERS)
+    if int(class_id) not in adapters.class_ids:
         raise ConfigError(f"{model}: the class {class_label!r} has no adapters")
-    _about(path)
+    digest = tensors_digest(adapters.classes[class_id].state_dict(), [adapters.config.base, class_id, class_label])
+    path = Path(cache_dir or constants.HF_HOME) / "diffusers_cl" / f"class-{digest[:16]}.safetensors"
+    with replacing(path) as own:
+        adapters.save_class(int(class_id), own)
     return path
 
 

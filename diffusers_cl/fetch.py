@@ -27,7 +27,7 @@ from .files import MAX_JSON_BYTES, allowed_places, read_json
 # All that is taken of a pipeline: no code, and no weights that would be unpickled.
 PIPELINE_FILES = re.compile(
     r"model_index\.json|(unet/config|scheduler/scheduler_config)\.json"
-    r"|unet/diffusion_pytorch_model[\w.-]*\.safetensors(\.index\.json)?|adapters/(config\.json|class-\d+\.safetensors)"
+    r"|unet/diffusion_pytorch_model[\w.-]*\.safetensors(\.index\.json)?|adapters/(config\.json|diffusion_pytorch_model\.safetensors)"
 )
 # And of a transformers image classifier.
 CLASSIFIER_FILES = re.compile(

@@ -1,7 +1,7 @@
 """
 What FunLoRA (Enescu and Sahbi, arXiv 2510.02631) does to a layer: the factor of every filter, and layers that take rows of
-different classes. This file is part of diffusers-cl (Apache-2.0) and is published with every adapted model, beside
-funlora.py; it needs torch and safetensors and nothing else.
+different classes. It becomes a part of the funlora.py that is published with every adapted model, and needs torch and safetensors
+and nothing else.
 """
 
 import hashlib

@@ -1,11 +1,13 @@
 """
 FunLoRA (Enescu and Sahbi, arXiv 2510.02631): a few parameters a class, that scale the filters of a frozen network. This file,
-with filters.py beside it, is part of diffusers-cl (Apache-2.0) and is published with every adapted model, so that it can be
-sampled where diffusers-cl is not installed: it needs torch, diffusers, and the safetensors that diffusers needs.
+with filters.py in it, is part of diffusers-cl (Apache-2.0) and is published with every adapted model, so that it can be sampled
+where diffusers-cl is not installed: it needs torch, diffusers, and the safetensors that diffusers needs.
 """
 
+import ast
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,6 +34,17 @@ from .filters import (
 MAX_TERMS = 1000
 
 
+def _published_source() -> str:
+    """This file with filters.py in place of its import: diffusers fetches one file of code for a part of a pipeline."""
+    source = Path(__file__).read_text()
+    found = re.search(r"^from \.filters import \([^)]*\)\n", source, re.MULTILINE)
+    if found is None:
+        return source
+    filters = (Path(__file__).parent / "filters.py").read_text()
+    code = "".join(filters.splitlines(keepends=True)[ast.parse(filters).body[0].end_lineno :])
+    return source[: found.start()] + code + source[found.end() :]
+
+
 class FunLoRA(ModelMixin, ConfigMixin):
     r"""
     The adapters of a class-conditional network, one for each class that is learned after it was frozen: every filter
@@ -56,6 +69,8 @@ class FunLoRA(ModelMixin, ConfigMixin):
             "Reduced Parameters": for neighbours, which the text leaves open).
         train_class_embedding (`bool`): whether a class's embedding row is trained; the mean of the first classes' rows
             otherwise.
+        names (`dict[str, str]`, *optional*): of classes that there are from the start, by id, whose parameters are still to be
+            loaded.
 
     Raises:
         ValueError: for an unknown function, a number of terms out of range, and a ratio that does not divide the channels
@@ -63,8 +78,8 @@ class FunLoRA(ModelMixin, ConfigMixin):
     """
 
     config_name = "config.json"
-    # Read while the class is made: when it is saved, the files may be another model's (as with the pipeline's own).
-    _sources = {name: (Path(__file__).parent / name).read_bytes() for name in ("funlora.py", "filters.py")}
+    # Read while the class is made: when it is saved, the file may be another model's (as with the pipeline's own).
+    _source = _published_source()
 
     @register_to_config
     def __init__(
@@ -78,6 +93,7 @@ class FunLoRA(ModelMixin, ConfigMixin):
         learn_terms: bool = True,
         ratio: int = 1,
         train_class_embedding: bool = False,
+        names: dict[str, str] | None = None,
     ):
         super().__init__()
         if function not in FUNCTIONS:
@@ -91,8 +107,10 @@ class FunLoRA(ModelMixin, ConfigMixin):
                 f"ratio is {ratio}, which does not divide the {sizes} channels of {unfit[0]}, nor those of"
                 f" {len(unfit) - 1} of the {len(layers) - 1} other layers; allowed: what divides all"
             )
-        self.classes, self.names = nn.ModuleDict(), {}
+        self.classes = nn.ModuleDict()
         self._cached: dict[tuple[int, str], tuple[list, torch.Tensor]] = {}
+        for class_id, name in (names or {}).items():
+            self._add(int(class_id), {key: torch.empty(length) for key, length in self._shapes().items()}, name)
 
     @classmethod
     def from_unet(cls, unet: nn.Module, first_class_ids: Sequence[int], patterns: Sequence[str] = ("*",), **options):
@@ -117,7 +135,7 @@ class FunLoRA(ModelMixin, ConfigMixin):
     @property
     def class_ids(self) -> list[int]:
         """Of the classes that have adapters."""
-        return [int(class_id) for class_id in self.classes]
+        return sorted(map(int, self.classes))
 
     def _shapes(self) -> dict[str, int]:
         """The lengths of all vectors of a class by name."""
@@ -143,7 +161,7 @@ class FunLoRA(ModelMixin, ConfigMixin):
         if class_id in self.class_ids:
             raise ValueError(f"class {class_id} has adapters already")
         module = self.classes[str(class_id)] = nn.Module()
-        self.names[class_id] = name
+        self.register_to_config(names={**(self.config.names or {}), str(class_id): name or str(class_id)})
         for key, tensor in tensors.items():
             *path, vector = key.split(".")
             layer = module
@@ -174,7 +192,8 @@ class FunLoRA(ModelMixin, ConfigMixin):
         """Takes a class's adapters away; raises a `ValueError` where it has none."""
         if class_id not in self.class_ids:
             raise ValueError(f"class {class_id} has no adapters; {self.class_ids} have")
-        del self.classes[str(class_id)], self.names[class_id]
+        del self.classes[str(class_id)]
+        self.register_to_config(names={key: name for key, name in self.config.names.items() if key != str(class_id)})
         self._cached = {key: value for key, value in self._cached.items() if key[0] != class_id}
 
     def train_only(self, class_ids: Sequence[int]) -> None:
@@ -265,8 +284,8 @@ class FunLoRA(ModelMixin, ConfigMixin):
 
     def save_class(self, class_id: int, path: str | os.PathLike) -> None:
         """Saves all that there is of a class in one safetensors file, which [`load_class`] takes."""
-        about = {key: value for key, value in self.config.items() if not key.startswith("_") and key != "class_ids"}
-        about |= {"class_id": class_id, "name": self.names[class_id]}
+        about = {key: value for key, value in self.config.items() if not key.startswith("_") and key != "names"}
+        about |= {"class_id": class_id, "name": self.config.names[str(class_id)]}
         tensors = {key: tensor.detach().cpu() for key, tensor in self.classes[str(class_id)].state_dict().items()}
         save_file(tensors, path, {"funlora": json.dumps(about, sort_keys=True)})
 
@@ -295,23 +314,7 @@ class FunLoRA(ModelMixin, ConfigMixin):
             raise ValueError(f"{path} has other parameters than its settings say")
         self._add(class_id, tensors, about.get("name"))
 
-    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
-        """Saves config.json, a file for every class, and the code that `DiffusionPipeline` loads them with."""
-        os.makedirs(save_directory, exist_ok=True)
-        self.register_to_config(class_ids=self.class_ids)
-        self.save_config(save_directory)
-        for class_id in self.class_ids:
-            self.save_class(class_id, Path(save_directory) / f"class-{class_id}.safetensors")
-        for name, content in self._sources.items():
-            (Path(save_directory) / name).write_bytes(content)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, torch_dtype=None, **kwargs):
-        """Returns the adapters of a folder from [`save_pretrained`]; they, and what diffusers passes beside, are not trained."""
-        config = dict(cls.load_config(pretrained_model_name_or_path))
-        class_ids = config.pop("class_ids")
-        adapters = cls.from_config(config)
-        for class_id in class_ids:
-            adapters.load_class(Path(pretrained_model_name_or_path) / f"class-{class_id}.safetensors", class_id)
-        adapters.requires_grad_(False).eval()
-        return adapters if torch_dtype is None else adapters.to(torch_dtype)
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
+        """As [`~ModelMixin.save_pretrained`], with the code that `DiffusionPipeline` loads the adapters with."""
+        super().save_pretrained(save_directory, **kwargs)
+        (Path(save_directory) / "funlora.py").write_text(self._source)

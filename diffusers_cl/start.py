@@ -37,8 +37,7 @@ NO_TASK = (
 # What a task folder may consist of; nothing else is fetched or copied.
 ALLOWED_FILES = re.compile(
     r"model_index\.json|README\.md|samples\.png|pipeline\.py|(unet|scheduler|adapters)/\w+\.json"
-    r"|adapters/(funlora\.py|filters\.py|class-\d+\.safetensors)"
-    r"|unet/diffusion_pytorch_model\.safetensors|consolidation/\w+\.(json|safetensors)"
+    r"|adapters/funlora\.py|(unet|adapters)/diffusion_pytorch_model\.safetensors|consolidation/\w+\.(json|safetensors)"
 )
 # Of a state, what going on reads.
 STATE_KEYS = (

@@ -7,18 +7,20 @@ import sys
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from script_helpers import arguments, finished_run, interrupted_copy, run, write_images
 
 from diffusers_cl.adapters import add_class, remove_class
+from diffusers_cl.class_files import fetch_class
 from diffusers_cl.config import FUNLORA_LAYERS
 from diffusers_cl.errors import CheckpointError, ConfigError
+from diffusers_cl.filters import read_class
 from diffusers_cl.pipeline import ClassConditionalPipeline
 from diffusers_cl.results import effective_config
 from diffusers_cl.sampling import load_pipeline
 
 
+ADAPTERS = "task-02/adapters/diffusion_pytorch_model.safetensors"
 UNET = "unet/diffusion_pytorch_model.safetensors"
 ADAPTED = {
     "adapter": "funlora",
@@ -52,17 +54,20 @@ def test_the_network_is_frozen_after_the_first_task(adapted_run):
     first, second, third = (adapted_run / f"task-0{task}" for task in range(3))
     assert (first / UNET).read_bytes() == (second / UNET).read_bytes() == (third / UNET).read_bytes()
     assert not (first / "adapters").exists()
-    names = ["class-2.safetensors", "class-3.safetensors", "config.json", "filters.py", "funlora.py"]
+    names = ["config.json", "diffusion_pytorch_model.safetensors", "funlora.py"]
     assert sorted(path.name for path in (second / "adapters").iterdir()) == names
-    for name in names[:2]:
-        assert (third / "adapters" / name).read_bytes() == (second / "adapters" / name).read_bytes()
-    assert (third / "adapters" / "class-4.safetensors").exists()
+    vectors, later = (load_file(folder / "adapters" / names[1]) for folder in (second, third))
+    assert all(torch.equal(later[name], vector) for name, vector in vectors.items())
+    assert {name.split(".")[1] for name in later} == {"2", "3", "4"} and {n.split(".")[1] for n in vectors} == {
+        "2",
+        "3",
+    }
     # They did train, from where they start.
-    vectors = load_file(second / "adapters" / "class-2.safetensors")
     moved = [name for name, vector in vectors.items() if name.endswith(".A") and not (vector == 1).all()]
     assert len(moved) == sum(name.endswith(".A") for name in vectors)
     rows = load_file(first / UNET)["class_embedding.weight"]
-    assert torch.equal(vectors["class_embedding"], rows[:2].mean(dim=0))
+    assert torch.equal(vectors["classes.2.class_embedding"], rows[:2].mean(dim=0))
+    assert read_json(third / "adapters" / "config.json")["names"] == {"2": "2", "3": "3", "4": "4"}
 
 
 def test_old_tasks_are_measured_the_same_bit_by_bit(adapted_run):
@@ -79,11 +84,8 @@ def test_what_the_metrics_say_of_parameters(adapted_run):
     found = read_json(adapted_run / "metrics.json")["parameters"]
     pipeline = load(adapted_run / "task-02")
     assert found["network"] == sum(parameter.numel() for parameter in pipeline.unet.parameters())
-    own = [
-        v.numel()
-        for k, v in load_file(adapted_run / "task-02/adapters/class-4.safetensors").items()
-        if k[-1] in "ABwa"
-    ]
+    vectors = load_file(adapted_run / ADAPTERS)
+    own = [vector.numel() for name, vector in vectors.items() if name.startswith("classes.4.") and name[-1] in "ABwa"]
     assert found["per_class"] == sum(own) == pipeline.adapters.parameters_per_class
     assert set(found["importance"]) == {"2", "3", "4"}
     assert all(0 < value < 1 for layers in found["importance"].values() for value in layers.values())
@@ -95,7 +97,7 @@ def test_a_run_that_was_interrupted_is_the_same(adapted_run, tmp_path):
     copy = interrupted_copy(adapted_run, tmp_path / "copy", 12, 2, replay=True)
     shutil.rmtree(copy / "task-02")
     assert run(["--config", str(copy / "config.yaml"), "--output_dir", str(copy)]) == 0
-    for name in ("metrics.json", "task-02/adapters/class-4.safetensors"):
+    for name in ("metrics.json", ADAPTERS):
         assert (copy / name).read_bytes() == (adapted_run / name).read_bytes()
 
 
@@ -104,8 +106,8 @@ def test_going_on_from_an_adapted_task_and_from_a_plain_one(adapted_run, tmp_pat
     start = {"pretrained_model_name_or_path": adapted_run / "task-02", "train_data_dir": data, "max_train_steps": 2}
     options = [part for key, value in start.items() for part in (f"--{key}", str(value))]
     assert run([*options, "--output_dir", str(tmp_path / "run")]) == 0
-    assert (tmp_path / "run/task-03/adapters/class-5.safetensors").exists()
     pipeline = load(tmp_path / "run/task-03")
+    assert pipeline.adapters.class_ids == [2, 3, 4, 5]
     assert torch.equal(draw(pipeline, "0", "4"), draw(load(adapted_run / "task-02"), "0", "4"))
     # All classes of a plain model are its first.
     start["pretrained_model_name_or_path"] = adapted_run / "task-00"
@@ -155,9 +157,8 @@ def test_a_network_without_the_default_layers_is_refused(files, tmp_path, capfd)
 
 def test_a_class_alone_is_published_and_taken_in(adapted_run, tmp_path):
     whole, other = load(adapted_run / "task-02"), load(adapted_run / "task-01")
-    file = adapted_run / "task-02" / "adapters" / "class-4.safetensors"
-    with safe_open(file, "pt") as opened:
-        assert json.loads(opened.metadata()["funlora"])["name"] == "4"
+    file = fetch_class(adapted_run / "task-02", "4", cache_dir=tmp_path)
+    assert read_class(file)["name"] == "4"
     assert add_class(other, file) == 4 and other.known_classes == whole.known_classes
     assert torch.equal(draw(other, "4", "2", "0"), draw(whole, "4", "2", "0"))
     # Once more under another name, and a copy saved again is still a model.
@@ -213,20 +214,28 @@ def test_round_trip_without_the_package(adapted_run, tmp_path):
     assert torch.equal(images, draw(load(again), "4", "2", "0"))
 
 
-def test_damaged_adapters_are_one_sentence(adapted_run, tmp_path):
-    for number, (name, change) in enumerate(
-        {
-            "config.json": lambda text: text.replace(b'"class_ids"', b'"other"'),
-            "class-2.safetensors": lambda text: text[:-8],
-            "class-3.safetensors": lambda text: text.replace(b"cosine", b"power!"),
-        }.items()
-    ):
-        folder = tmp_path / str(number)
-        shutil.copytree(adapted_run / "task-02", folder)
-        path = folder / "adapters" / name
-        path.write_bytes(change(path.read_bytes()))
-        with pytest.raises(CheckpointError):
-            load(folder)
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("config.json", lambda content: content.replace(b'"names"', b'"other"'), "cannot be loaded: .*names"),
+        ("config.json", lambda content: content.replace(b'"cosine"', b'"vanilla"'), "do not fit its config"),
+        ("config.json", lambda content: content.replace(b'"ratio": 1', b'"ratio": 3'), "ratio is 3"),
+        ("config.json", lambda content: content.replace(b"up_blocks.0", b"up_blocks.7"), "no Conv2d up_blocks.7"),
+        (
+            "config.json",
+            lambda content: content.replace(b'"num_terms": 10', b'"num_terms": 9'),
+            "do not fit|cannot be",
+        ),
+        ("diffusion_pytorch_model.safetensors", lambda content: content[:-8], "damaged"),
+    ],
+)
+def test_damaged_adapters_are_one_sentence(adapted_run, tmp_path, name, change, message):
+    shutil.copytree(adapted_run / "task-02", tmp_path / "model")
+    path = tmp_path / "model" / "adapters" / name
+    assert change(path.read_bytes()) != path.read_bytes()
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(CheckpointError, match=message):
+        load(tmp_path / "model")
 
 
 def test_the_card_says_how_an_adapted_model_is_sampled(adapted_run):

@@ -9,7 +9,7 @@ from conftest import TINY_SIZES
 from diffusers import UNet2DModel
 
 from diffusers_cl.config import FUNLORA_LAYERS
-from diffusers_cl.filters import FUNCTIONS, find_layers, functional_matrix, group_rows, starting_terms
+from diffusers_cl.filters import FUNCTIONS, find_layers, functional_matrix, group_rows, read_class, starting_terms
 from diffusers_cl.funlora import FunLoRA
 
 
@@ -267,6 +267,10 @@ def test_a_class_goes_from_one_model_to_another_in_one_file(tiny_unet, tmp_path)
     adapters, other = adapted(tiny_unet), adapted(tiny_unet, classes=[2])
     move(adapters, 3)
     expected = predict(adapters, tiny_unet, *rows())
+    adapters.remove_class(2)
+    adapters.add_class(2, tiny_unet, "dog")
+    adapters.save_class(2, tmp_path / "named.safetensors")
+    assert (read_class(tmp_path / "named.safetensors")["name"], adapters.config.names["3"]) == ("dog", "3")
     adapters.save_class(3, tmp_path / "dog.safetensors")
     other.load_class(tmp_path / "dog.safetensors")
     assert torch.equal(predict(other, tiny_unet, *rows()), expected)
@@ -284,7 +288,7 @@ def test_a_class_goes_from_one_model_to_another_in_one_file(tiny_unet, tmp_path)
 
 
 def made_of(adapters: FunLoRA) -> dict:
-    return {key: value for key, value in adapters.config.items() if not key.startswith("_") and key != "class_ids"}
+    return {key: value for key, value in adapters.config.items() if not key.startswith("_") and key != "names"}
 
 
 def test_saved_and_loaded(tiny_unet, tmp_path):
@@ -295,7 +299,7 @@ def test_saved_and_loaded(tiny_unet, tmp_path):
     assert loaded.class_ids == [2, 3] and made_of(loaded) == made_of(adapters)
     assert torch.equal(predict(loaded, tiny_unet, *rows()), predict(adapters, tiny_unet, *rows()))
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        *("class-2.safetensors", "class-3.safetensors", "config.json", "filters.py", "funlora.py")
+        *("config.json", "diffusion_pytorch_model.safetensors", "funlora.py")
     ]
 
 
