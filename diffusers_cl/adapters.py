@@ -113,6 +113,11 @@ def with_adapter(unet: UNet2DModel, config: TrainingConfig) -> UNet2DModel | Ada
     return AdaptedUNet(unet)
 
 
+def has_adapters(folder: str | Path) -> bool:
+    """Returns whether the model in a folder has adapters."""
+    return (Path(folder) / ADAPTERS / FunLoRA.config_name).exists()
+
+
 def read_adapters(path: str | Path, unet: UNet2DModel | None = None) -> FunLoRA:
     """
     Returns the adapters in a folder, not to be trained. No code is run, nothing is unpickled.
@@ -144,8 +149,7 @@ def read_adapters(path: str | Path, unet: UNet2DModel | None = None) -> FunLoRA:
 
 def load_adapters(folder: str | Path, unet: UNet2DModel) -> FunLoRA | None:
     """Returns the adapters in the folder of a model ([`read_adapters`]), where the network is; `None` where it has none."""
-    path = Path(folder) / ADAPTERS
-    return read_adapters(path, unet).to(unet.device) if path.exists() else None
+    return read_adapters(Path(folder) / ADAPTERS, unet).to(unet.device) if has_adapters(folder) else None
 
 
 def add_class(pipeline: ClassConditionalPipeline, path: str | Path, name: str | None = None) -> int:

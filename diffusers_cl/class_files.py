@@ -8,7 +8,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData, constants
 from safetensors import SafetensorError
 
-from .adapters import ADAPTERS, read_adapters
+from .adapters import ADAPTERS, has_adapters, read_adapters
 from .errors import CheckpointError, ConfigError, first_line
 from .fetch import model_folder
 from .files import file_sha256, read_json, replacing
@@ -62,7 +62,7 @@ def fetch_class(
     class_id = str(ids.get(class_label) if isinstance(class_label, str) else class_label)
     if class_id not in ids.values():
         raise ConfigError(f"{model} has no class {class_label!r}; it has {', '.join(map(repr, ids)) or 'none'}")
-    if not (folder / ADAPTERS).exists():
+    if not has_adapters(folder):
         raise ConfigError(f"{model} has no adapters, for no class")
     adapters = read_adapters(folder / ADAPTERS)
     if int(class_id) not in adapters.class_ids:

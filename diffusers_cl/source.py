@@ -9,6 +9,7 @@ import yaml
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
 from safetensors import SafetensorError
 
+from .adapters import has_adapters
 from .config import NUM_TRAIN_TIMESTEPS
 from .errors import CheckpointError, ConfigError, RunError, first_line
 from .fetch import PIPELINE_FILES, model_folder
@@ -226,6 +227,8 @@ def open_source(
             raise ConfigError(
                 f"{where} has no {name}; allowed: a pipeline with a unet and a scheduler, or these two alone"
             )
+    if has_adapters(folder):
+        raise ConfigError(f"{where} has adapters, parameters of single classes; allowed: one network for all classes")
     unet_config = read_json(folder / "unet" / "config.json")
     _check_unet_config(where, unet_config)
     id2label = _labels(labels, model, folder, unet_config)

@@ -9,7 +9,7 @@ from pathlib import Path
 import huggingface_hub
 from huggingface_hub.errors import RemoteEntryNotFoundError
 
-from .adapters import ADAPTER_KEYS, ADAPTERS
+from .adapters import ADAPTER_KEYS, has_adapters
 from .config import OPERATIONAL_KEYS, TrainingConfig
 from .errors import CheckpointError, ConfigError, DataError, RunError
 from .fetch import check_files, hub_faults, pinned
@@ -200,7 +200,7 @@ def check_start(start: Start, config: TrainingConfig) -> None:
         raise ConfigError(
             f"replay is 'memory', but {start.model} has no {CONSOLIDATION}/{MEMORY_NAME} with images of its classes"
         )
-    for key in (*FIXED_KEYS, *(ADAPTER_KEYS if (start.folder / ADAPTERS).exists() else ())):
+    for key in (*FIXED_KEYS, *(ADAPTER_KEYS if has_adapters(start.folder) else ())):
         # Older states do not say their objective, which was the default.
         found = start.state["config"].get(key, getattr(TrainingConfig, key, None))
         if getattr(config, key) != found:

@@ -134,7 +134,15 @@ def foreign_names(folder: Path, canary: Path, kind: int) -> None:
 
 
 def code_beside(folder: Path, canary: Path, kind: int) -> None:
-    for name in ("pipeline.py", "funlora.py", "unet/evil.py", "unet/diffusers.py", "scheduler/evil.py", "evil.py"):
+    for name in (
+        "pipeline.py",
+        "funlora.py",
+        "unet/evil.py",
+        "unet/diffusers.py",
+        "scheduler/evil.py",
+        "evil.py",
+        "adapters/funlora.py",
+    ):
         write_code(folder / name, canary)
     custom = {"custom_pipeline": str(folder)} if kind % 2 else {}
     change(folder / "model_index.json", _class_name=["evil", "Evil"], tokenizer=["evil", "Evil"], **custom)

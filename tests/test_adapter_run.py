@@ -18,6 +18,7 @@ from diffusers_cl.filters import read_class
 from diffusers_cl.pipeline import ClassConditionalPipeline
 from diffusers_cl.results import effective_config
 from diffusers_cl.sampling import load_pipeline
+from diffusers_cl.source import open_source
 
 
 ADAPTERS = "task-02/adapters/diffusion_pytorch_model.safetensors"
@@ -236,6 +237,12 @@ def test_damaged_adapters_are_one_sentence(adapted_run, tmp_path, name, change, 
     path.write_bytes(change(path.read_bytes()))
     with pytest.raises(CheckpointError, match=message):
         load(tmp_path / "model")
+
+
+def test_what_is_of_one_network_refuses_an_adapted_one(adapted_run):
+    with pytest.raises(ConfigError, match="task-02 has adapters"):
+        open_source(str(adapted_run / "task-02"))
+    assert open_source(str(adapted_run / "task-00")).unet is not None
 
 
 def test_the_card_says_how_an_adapted_model_is_sampled(adapted_run):

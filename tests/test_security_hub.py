@@ -17,7 +17,7 @@ DOWNLOADS = r"^GET .*/resolve/"
 # Code, pickles and odd names, beside what a model has.
 STRANGE = (
     *("funlora.py", "unet/evil.py", "unet/diffusion_pytorch_model.bin", "optimizer.pt", "unet/a/config.json"),
-    *("notes.md", "unet/../../up.json", "/abs.json"),
+    *("notes.md", "unet/../../up.json", "/abs.json", "adapters/evil.py", "adapters/a/config.json"),
 )
 
 
