@@ -30,7 +30,7 @@ import diffusers
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.logging import get_logger
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import DynamoBackend, ProjectConfiguration
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import is_wandb_available
@@ -165,7 +165,7 @@ def main(config: TrainingConfig, start: Start | None, lock: OutputLock, stop: St
     min_rows = unet_config["num_class_embeds"] if start else 0
     layout = torch.channels_last if config.channels_last else torch.preserve_format
     unet = create_unet(unet_config, train_split.channels, class_ids, config, min_rows).to(device, memory_format=layout)
-    unet = with_adapter(unet, config)
+    unet = with_adapter(unet, config, is_compiled=accelerator.state.dynamo_plugin.backend != DynamoBackend.NO)
     noise_scheduler = create_scheduler(config, start and start.folder)
     replay, penalty = create_replay(config), create_penalty(config, logger.warning)
     if start is not None:

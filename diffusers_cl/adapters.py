@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 
 from .config import TrainingConfig
 from .errors import CheckpointError, ConfigError, first_line
-from .filters import adapted_modules, read_class
+from .filters import adapted_modules, frozen_digest, read_class
 from .funlora import FunLoRA
 from .pipeline import ClassConditionalPipeline
 
@@ -19,6 +19,8 @@ from .pipeline import ClassConditionalPipeline
 # In a task folder.
 ADAPTERS = "adapters"
 MAX_CLASSES = 100_000
+# What a fault of the adapters' is called in the configuration, by its first word.
+_KEYS = {"ratio": "adapter_ratio", "num_terms": "funlora_terms", "no": "adapter_layers"}
 # Of the configuration, what the adapters of a model have once and for all.
 ADAPTER_KEYS = (
     *("adapter", "adapter_layers", "adapter_ratio", "funlora_function", "funlora_terms", "funlora_learn_terms"),
@@ -60,6 +62,21 @@ def as_pipeline(unet: nn.Module, noise_scheduler, id2label: dict[int, str] | Non
     return ClassConditionalPipeline(unet, noise_scheduler, id2label, adapters)
 
 
+def importance(adapters: FunLoRA) -> dict[int, dict[str, float]]:
+    """
+    Returns, by class and layer, how far the vectors `A` and `B` are from the ones that they started from: the mean of the
+    absolute differences over the entries of both (arXiv 2510.02631, Eq. 20, put together from its text). The paper takes it of
+    `vanilla` adapters of all layers.
+    """
+    found: dict[int, dict[str, float]] = {}
+    for class_id in adapters.class_ids:
+        for name in adapters.config.layers:
+            layer = adapters.classes[str(class_id)].get_submodule(name)
+            moved = (torch.cat([layer.A, layer.B]) - 1).abs().mean().item()
+            found.setdefault(class_id, {})[name] = moved
+    return found
+
+
 def adapt(
     unet: nn.Module, tasks: list[list[str]], task: int, class_ids: dict[str, int], config: TrainingConfig
 ) -> float:
@@ -79,7 +96,8 @@ def adapt(
     if config.adapter == "none" or task == 0:
         return config.learning_rate
     if unet.adapters is None:
-        earlier = [class_ids[name] for names in tasks[:task] for name in names]
+        # A class that was learned once more stands in two tasks.
+        earlier = list(dict.fromkeys(class_ids[name] for names in tasks[:task] for name in names))
         unet.adapters = _new_adapters(unet.unet, earlier, config)
     # As it is loaded, a network is not frozen.
     unet.unet.requires_grad_(False)
@@ -90,27 +108,49 @@ def adapt(
     return config.adapter_learning_rate or config.learning_rate
 
 
-def _new_adapters(unet: nn.Module, first_class_ids: Sequence[int], config: TrainingConfig) -> FunLoRA:
-    options = {
+def _settings(config: TrainingConfig) -> dict:
+    return {
         "function": config.funlora_function,
         "num_terms": config.funlora_terms,
         "learn_terms": config.funlora_learn_terms,
         "ratio": config.adapter_ratio,
         "train_class_embedding": config.train_class_embedding,
     }
+
+
+def _new_adapters(unet: nn.Module, first_class_ids: Sequence[int], config: TrainingConfig) -> FunLoRA:
     try:
-        return FunLoRA.from_unet(unet, first_class_ids, config.adapter_layers, **options)
+        return FunLoRA.from_unet(unet, first_class_ids, config.adapter_layers, **_settings(config))
     except ValueError as error:
-        keys = {"ratio": "adapter_ratio", "num_te": "funlora_terms", "no con": "adapter_layers"}
-        raise ConfigError(f"{keys[str(error)[:6].strip()]}: {error}") from error
+        raise ConfigError(f"{_KEYS[str(error).split()[0]]}: {error}") from error
 
 
-def with_adapter(unet: UNet2DModel, config: TrainingConfig) -> UNet2DModel | AdaptedUNet:
-    """Returns the network of a run, as its adapter has it; raises a `ConfigError` as [`adapt`], before anything is trained."""
+def with_adapter(unet: UNet2DModel, config: TrainingConfig, is_compiled: bool) -> UNet2DModel | AdaptedUNet:
+    """
+    Returns the network of a run, as its adapter has it.
+
+    Args:
+        unet (`UNet2DModel`), config ([`TrainingConfig`]).
+        is_compiled (`bool`): whether training compiles it, for which the groups of every batch would be new code.
+
+    Raises:
+        ConfigError: before anything is trained, as [`adapt`]; for a network that is compiled.
+    """
     if config.adapter == "none":
         return unet
+    if is_compiled:
+        raise ConfigError(f"dynamo_backend is 'inductor'; allowed: 'no' with adapter: {config.adapter}")
     _new_adapters(copy.deepcopy(unet), [0], config)
     return AdaptedUNet(unet)
+
+
+def check_settings(adapters: FunLoRA, class_ids: dict[str, int], config: TrainingConfig, where: str) -> None:
+    """Raises a `CheckpointError` unless adapters are what the state beside them says: of its settings and classes."""
+    for key, value in _settings(config).items():
+        if adapters.config[key] != value:
+            raise CheckpointError(f"{where}: its adapters have {key} {adapters.config[key]!r}, its state {value!r}")
+    if strange := sorted({*adapters.class_ids, *adapters.config.first_class_ids} - set(class_ids.values())):
+        raise CheckpointError(f"{where}: its adapters are of the class id {strange[0]}, which its state does not know")
 
 
 def has_adapters(folder: str | Path) -> bool:
@@ -137,6 +177,8 @@ def read_adapters(path: str | Path, unet: UNet2DModel | None = None) -> FunLoRA:
         # Nothing of the sizes that it names is made: what is not in the file stays without memory.
         if unet is not None:
             adapted_modules(unet, config["layers"], config["embedding_dim"])
+            if config["base"] != frozen_digest(unet):
+                raise ValueError("it is for a network of other weights")
         adapters, info = FunLoRA.from_pretrained(path, **options)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise CheckpointError(f"{path} cannot be loaded: {first_line(error)}") from error
@@ -144,7 +186,9 @@ def read_adapters(path: str | Path, unet: UNet2DModel | None = None) -> FunLoRA:
     different = [name for key in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in info[key]]
     if different:
         raise CheckpointError(f"{path}: its parameters do not fit its config: {', '.join(map(str, different[:3]))}")
-    return adapters.requires_grad_(False)
+    if bad := [name for name, parameter in adapters.named_parameters() if not parameter.isfinite().all()]:
+        raise CheckpointError(f"{path}: its parameters are not finite: {bad[0]}")
+    return adapters.float().requires_grad_(False)
 
 
 def load_adapters(folder: str | Path, unet: UNet2DModel) -> FunLoRA | None:
@@ -174,14 +218,21 @@ def add_class(pipeline: ClassConditionalPipeline, path: str | Path, name: str | 
         if name in known.values():
             raise ValueError(f"the model has a class {name!r} already")
         pipeline.adapters.load_class(path, class_id)
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: {first_line(error)}") from error
+    pipeline.adapters.to(pipeline.unet.device)
     pipeline.register_to_config(id2label={str(id): known.get(id, name) for id in sorted((*known, class_id))})
     return class_id
 
 
 def remove_class(pipeline: ClassConditionalPipeline, class_label: int | str) -> None:
-    """Takes a class that has adapters out of a model; raises a `ConfigError` for any other."""
+    """
+    Takes a class that has adapters out of a model; one of the first classes, which was refined, is again what the network makes
+    of it.
+
+    Raises:
+        ConfigError: for a class that is not known, or has no adapters.
+    """
     try:
         (class_id,) = pipeline.get_label_ids(class_label)
         if pipeline.adapters is None:
@@ -189,19 +240,23 @@ def remove_class(pipeline: ClassConditionalPipeline, class_label: int | str) -> 
         pipeline.adapters.remove_class(class_id)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    pipeline.register_to_config(id2label={str(id): n for id, n in pipeline.known_classes.items() if id != class_id})
+    if class_id not in pipeline.adapters.config.first_class_ids:
+        left = {str(id): name for id, name in pipeline.known_classes.items() if id != class_id}
+        pipeline.register_to_config(id2label=left)
+    if not pipeline.adapters.class_ids:
+        pipeline.register_modules(adapters=None)
 
 
 def parameter_counts(unet: nn.Module, class_ids: dict[str, int]) -> dict:
     """
     Returns what `metrics.json` says of a run's parameters: of the `network`; `per_class`, those that are trained for a class
     that comes later and for no other, embedding rows that nobody adapts aside; and the `importance` of the adapted layers by
-    class name ([`FunLoRA.importance`]).
+    class name ([`importance`]).
     """
     unet, adapters = split(unet)
     counts = {"network": sum(parameter.numel() for parameter in unet.parameters()), "per_class": 0}
     if adapters is None:
         return counts
     names = {class_id: name for name, class_id in class_ids.items()}
-    importance = {names[class_id]: found for class_id, found in adapters.importance().items()}
-    return {**counts, "per_class": adapters.parameters_per_class, "importance": importance}
+    by_name = {names[class_id]: found for class_id, found in importance(adapters).items()}
+    return {**counts, "per_class": adapters.parameters_per_class, "importance": by_name}

@@ -245,7 +245,7 @@ def model_card(
         num_own, first = pipeline.adapters.parameters_per_class, len(pipeline.adapters.config.first_class_ids)
         how += (
             f". The network was frozen after its first {count(first, 'class')}; every later one has {num_own:,} parameters of its"
-            " own (FunLoRA, arXiv 2510.02631), one file in `adapters/`"
+            " own (FunLoRA, arXiv 2510.02631), in `adapters/`"
         )
     if config.replay == "memory":
         how += ", but for a few real images of every class that are kept"

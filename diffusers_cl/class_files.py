@@ -28,7 +28,7 @@ FILES = re.compile(
 def _about(path: Path) -> dict:
     try:
         return read_class(path)
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: {first_line(error)}") from error
 
 
@@ -58,9 +58,15 @@ def fetch_class(
         return folder / CLASS_NAME
     index = folder / "model_index.json"
     known = read_json(index).get("id2label") if index.exists() else None
-    ids = {name: class_id for class_id, name in (known if isinstance(known, dict) else {}).items()}
-    class_id = str(ids.get(class_label) if isinstance(class_label, str) else class_label)
-    if class_id not in ids.values():
+    known = {
+        class_id: name
+        for class_id, name in (known if isinstance(known, dict) else {}).items()
+        if isinstance(name, str)
+    }
+    ids = {name: class_id for class_id, name in known.items()}
+    # As everywhere: text is a name, a number an id.
+    class_id = ids.get(class_label) if isinstance(class_label, str) else str(class_label)
+    if class_id not in known:
         raise ConfigError(f"{model} has no class {class_label!r}; it has {', '.join(map(repr, ids)) or 'none'}")
     if not has_adapters(folder):
         raise ConfigError(f"{model} has no adapters, for no class")
@@ -81,7 +87,7 @@ def push_class(
     Pushes the file of one class to a repo of its own, with a card that says what it belongs to, as one commit.
 
     Args:
-        path (`Path`): the file, as in the `adapters` folder of a model.
+        path (`Path`): the file, from [`fetch_class`] or [`FunLoRA.save_class`].
         repo_id (`str`): with its namespace; made where it is missing.
         token (`str`, *optional*): by default `HF_TOKEN`, or the one that is saved on this machine.
         private (`bool`, *optional*): for a new repo.

@@ -92,7 +92,7 @@ def functional_matrix(
     """
     if function == "shift":
         A, B = (torch.stack([x.roll(i, dims=1) for i in range(w.shape[1])], dim=1) for x in (A, B))
-        factors = torch.einsum("ki,kio,kij->koj", w, A, B)
+        factors = ((w[:, :, None] * A)[:, :, :, None] * B[:, :, None, :]).sum(dim=1)
     else:
         factors = A[:, :, None] * B[:, None, :]
     if function in ("cosine", "power"):
@@ -100,7 +100,7 @@ def functional_matrix(
             omega = torch.arange(1, w.shape[1] + 1, dtype=w.dtype, device=w.device).expand_as(w)
         matrix, omega = factors[:, None], omega[:, :, None, None]
         terms = (omega * matrix).cos() if function == "cosine" else matrix.sign() * matrix.abs() ** omega
-        factors = torch.einsum("ki,kioj->koj", w, terms)
+        factors = (w[:, :, None, None] * terms).sum(dim=1)
     if ratio > 1:
         factors = factors.repeat_interleave(ratio, dim=1).repeat_interleave(ratio, dim=2)
     return factors
@@ -115,7 +115,9 @@ class AdaptedConv2d(nn.Conv2d):
         if self.groups_of_rows is None:
             return super().forward(rows)
         sizes, factors = zip(*self.groups_of_rows, strict=True)
-        weights = [self.weight if f is None else self.weight * f[:, :, None, None] for f in factors]
+        weights = [
+            self.weight if f is None else self.weight * f[:, :, None, None].to(self.weight.dtype) for f in factors
+        ]
         pairs = zip(rows.split(sizes), weights, strict=True)
         return torch.cat([self._conv_forward(part, weight, self.bias) for part, weight in pairs])
 
@@ -129,10 +131,11 @@ class AdaptedEmbedding(nn.Embedding):
         if self.groups_of_rows is None:
             return super().forward(class_labels)
         sizes, rows = zip(*self.groups_of_rows, strict=True)
-        pairs = zip(class_labels.split(sizes), rows, strict=True)
-        return torch.cat(
-            [super(AdaptedEmbedding, self).forward(p) if r is None else r.expand(len(p), -1) for p, r in pairs]
-        )
+        parts = []
+        for labels, row in zip(class_labels.split(sizes), rows, strict=True):
+            own = row is not None
+            parts.append(row.to(self.weight.dtype).expand(len(labels), -1) if own else super().forward(labels))
+        return torch.cat(parts)
 
 
 def group_rows(

@@ -8,7 +8,7 @@ import ast
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -69,8 +69,7 @@ class FunLoRA(ModelMixin, ConfigMixin):
             "Reduced Parameters": for neighbours, which the text leaves open).
         train_class_embedding (`bool`): whether a class's embedding row is trained; the mean of the first classes' rows
             otherwise.
-        names (`dict[str, str]`, *optional*): of classes that there are from the start, by id, whose parameters are still to be
-            loaded.
+        names (`dict[str, str]`, *optional*): by id, of classes whose parameters are still to be loaded.
 
     Raises:
         ValueError: for an unknown function, a number of terms out of range, and a ratio that does not divide the channels
@@ -101,6 +100,10 @@ class FunLoRA(ModelMixin, ConfigMixin):
         fewest = 2 if function == "cosine" else 1
         if not fewest <= num_terms <= MAX_TERMS:
             raise ValueError(f"num_terms is {num_terms}; allowed: {fewest} to {MAX_TERMS} for {function}")
+        if type(ratio) is not int or ratio < 1:
+            raise ValueError(f"ratio is {ratio!r}; allowed: whole numbers from 1")
+        if not first_class_ids or not all(type(class_id) is int and class_id >= 0 for class_id in first_class_ids):
+            raise ValueError(f"first_class_ids is {first_class_ids!r:.80}; allowed: ids of one class at least")
         if unfit := [name for name, sizes in layers.items() if any(size % ratio for size in sizes)]:
             sizes = " and ".join(map(str, layers[unfit[0]]))
             raise ValueError(
@@ -108,7 +111,6 @@ class FunLoRA(ModelMixin, ConfigMixin):
                 f" {len(unfit) - 1} of the {len(layers) - 1} other layers; allowed: what divides all"
             )
         self.classes = nn.ModuleDict()
-        self._cached: dict[tuple[int, str], tuple[list, torch.Tensor]] = {}
         for class_id, name in (names or {}).items():
             self._add(int(class_id), {key: torch.empty(length) for key, length in self._shapes().items()}, name)
 
@@ -176,6 +178,10 @@ class FunLoRA(ModelMixin, ConfigMixin):
         Adds a class, whose output is at first that of the frozen network with the mean of the first classes' rows as class
         embedding; or, for one of the first classes, with its own.
 
+        Args:
+            class_id (`int`), unet (`UNet2DModel`): the frozen network.
+            name (`str`, *optional*): of the class.
+
         Raises:
             ValueError: when the class has adapters already.
         """
@@ -194,60 +200,71 @@ class FunLoRA(ModelMixin, ConfigMixin):
             raise ValueError(f"class {class_id} has no adapters; {self.class_ids} have")
         del self.classes[str(class_id)]
         self.register_to_config(names={key: name for key, name in self.config.names.items() if key != str(class_id)})
-        self._cached = {key: value for key, value in self._cached.items() if key[0] != class_id}
 
     def train_only(self, class_ids: Sequence[int]) -> None:
-        """Lets the parameters of these classes require gradients, and of no others."""
+        """Lets the parameters of these classes (`list[int]`, ids) require gradients, and of no others."""
         self.requires_grad_(False)
         for class_id in class_ids:
             module = self.classes[str(class_id)].requires_grad_(True)
             getattr(module, EMBEDDING).requires_grad_(self.config.train_class_embedding)
 
-    def importance(self) -> dict[int, dict[str, float]]:
-        """
-        Returns, by class and layer, how far the vectors `A` and `B` are from the ones that they started from: the mean of
-        the absolute differences over the entries of both (arXiv 2510.02631, Eq. 20, put together from its text). The paper
-        takes it of `vanilla` adapters of all layers.
-        """
-        return {
-            class_id: {
-                name: (torch.cat([layer.A, layer.B]) - 1).abs().mean().item()
-                for name, layer in ((name, self._layer(class_id, name)) for name in self.config.layers)
-            }
-            for class_id in self.class_ids
-        }
-
-    def _layer(self, class_id: int, name: str) -> nn.Module:
-        return self.classes[str(class_id)].get_submodule(name)
-
-    def _in_training(self, class_ids: list[int]) -> list[int]:
-        """Classes in training that are not among these. They get a gradient of zero, for whoever expects one of all."""
-        name = next(iter(self.config.layers))
-        return [c for c in self.class_ids if c not in class_ids and self._layer(c, name).A.requires_grad]
-
-    def _compute(self, name: str, class_ids: list[int], others: Sequence[int] = ()) -> torch.Tensor:
-        """`F` of a layer for classes, of shape `(classes, out, in)`."""
-        layers = [self._layer(class_id, name) for class_id in (*class_ids, *others)]
+    def _factors(self, name: str, class_ids: list[int]) -> list[torch.Tensor]:
+        """`F` of a layer for each class, in the parameters' precision."""
+        layers = [self.classes[str(class_id)].get_submodule(name) for class_id in class_ids]
         keys = [key for key, _ in layers[0].named_parameters()]
-        stacked = {key: torch.stack([getattr(layer, key) for layer in layers])[: len(class_ids)] for key in keys}
-        return functional_matrix(self.config.function, **stacked, ratio=self.config.ratio)
+        stacked = {key: torch.stack([getattr(layer, key) for layer in layers]) for key in keys}
+        with torch.autocast(stacked["A"].device.type, enabled=False):
+            return list(functional_matrix(self.config.function, **stacked, ratio=self.config.ratio))
 
-    def _factors(self, name: str, class_ids: list[int], others: list[int]) -> list[torch.Tensor]:
-        """`F` of a layer for each class; without gradients computed once, as long as no parameter changes."""
-        if torch.is_grad_enabled():
-            return list(self._compute(name, class_ids, others))
-        for class_id in class_ids:
-            # Every update in place counts.
-            version = [(p.data_ptr(), p._version) for p in self._layer(class_id, name).parameters()]
-            if self._cached.get((class_id, name), ((),))[0] != version:
-                self._cached[class_id, name] = version, self._compute(name, [class_id])[0]
-        return [self._cached[class_id, name][1] for class_id in class_ids]
+    def for_rows(self, unet: nn.Module, class_ids: Sequence[int]) -> Callable[..., UNet2DOutput]:
+        """
+        Returns the adapted network for batches whose rows are of these classes, called like the network. What depends on the
+        classes alone is done once: rows of one class are taken together, and the factors of a class are computed. It is of the
+        parameters as they are now.
+
+        An adapted convolution runs once for every class in the batch, on its rows, and once for all rows of classes without
+        adapters. Classes in training that are not in the batch get a gradient of zero, for whoever expects one of all.
+
+        Args:
+            unet (`UNet2DModel`): the frozen network.
+            class_ids (`list[int]`): of the rows.
+
+        Raises:
+            ValueError: when the network is not one that the adapters fit.
+        """
+        order, groups = group_rows(class_ids, self.class_ids)
+        adapted = [class_id for class_id, _ in groups if class_id is not None]
+        others = [self.classes[str(class_id)] for class_id in self.class_ids if class_id not in adapted]
+        absent = [p for module in others for p in module.parameters() if p.requires_grad and torch.is_grad_enabled()]
+        modules = adapted_modules(unet, self.config.layers, self.config.embedding_dim)
+        sizes, frozen, parts = [size for _, size in groups], [None] * (len(groups) - len(adapted)), {}
+        if adapted:
+            parts[EMBEDDING] = [getattr(self.classes[str(class_id)], EMBEDDING) for class_id in adapted]
+            parts |= {name: self._factors(name, adapted) for name in self.config.layers}
+        grouped = {name: list(zip(sizes, [*frozen, *found], strict=True)) for name, found in parts.items()}
+        if order is not None:
+            order = torch.tensor(order, device=unet.class_embedding.weight.device)
+
+        def predict(sample: torch.Tensor, timestep, class_labels: torch.Tensor) -> UNet2DOutput:
+            if order is not None:
+                sample, class_labels = sample[order], class_labels[order]
+                if isinstance(timestep, torch.Tensor) and timestep.shape == class_labels.shape:
+                    timestep = timestep[order]
+            try:
+                for name, groups_of_rows in grouped.items():
+                    modules[name].groups_of_rows = groups_of_rows
+                predicted = unet(sample, timestep, class_labels=class_labels).sample
+            finally:
+                for module in modules.values():
+                    module.groups_of_rows = None
+            predicted = predicted if order is None else predicted[order.argsort()]
+            return UNet2DOutput(sample=predicted + 0 * sum(p.sum() for p in absent) if absent else predicted)
+
+        return predict
 
     def forward(self, unet: nn.Module, sample: torch.Tensor, timestep, class_labels: torch.Tensor) -> UNet2DOutput:
         """
-        Returns what the adapted network predicts. Rows of one class are taken together: an adapted convolution runs once for
-        every class in the batch, on its rows, and once for all rows of classes without adapters. Without gradients, the
-        factors of a class are computed once.
+        Returns what the adapted network predicts ([`for_rows`]); on a GPU it waits for the labels.
 
         Args:
             unet (`UNet2DModel`): the frozen network.
@@ -256,31 +273,9 @@ class FunLoRA(ModelMixin, ConfigMixin):
             class_labels (`torch.Tensor` of shape `(batch,)`): class ids.
 
         Raises:
-            ValueError: when the network is not one that the adapters fit.
+            ValueError: as [`for_rows`].
         """
-        order, groups = group_rows(class_labels.tolist(), self.class_ids)
-        adapted = [class_id for class_id, _ in groups if class_id is not None]
-        if not adapted:
-            return unet(sample, timestep, class_labels=class_labels)
-        if order is not None:
-            order = torch.tensor(order, device=sample.device)
-            sample, class_labels = sample[order], class_labels[order]
-            if isinstance(timestep, torch.Tensor) and timestep.shape == class_labels.shape:
-                timestep = timestep[order]
-        others = self._in_training(adapted) if torch.is_grad_enabled() else []
-        sizes, frozen = [size for _, size in groups], [None] * (len(groups) - len(adapted))
-        rows = torch.stack([getattr(self.classes[str(c)], EMBEDDING) for c in (*adapted, *others)])[: len(adapted)]
-        modules = adapted_modules(unet, self.config.layers, self.config.embedding_dim)
-        try:
-            modules[EMBEDDING].groups_of_rows = list(zip(sizes, [*frozen, *rows], strict=True))
-            for name in self.config.layers:
-                factors = self._factors(name, adapted, others)
-                modules[name].groups_of_rows = list(zip(sizes, [*frozen, *factors], strict=True))
-            output = unet(sample, timestep, class_labels=class_labels)
-        finally:
-            for module in modules.values():
-                module.groups_of_rows = None
-        return output if order is None else UNet2DOutput(sample=output.sample[order.argsort()])
+        return self.for_rows(unet, class_labels.tolist())(sample, timestep, class_labels)
 
     def save_class(self, class_id: int, path: str | os.PathLike) -> None:
         """Saves all that there is of a class in one safetensors file, which [`load_class`] takes."""
@@ -312,7 +307,10 @@ class FunLoRA(ModelMixin, ConfigMixin):
         tensors = load_file(path)
         if {key: list(tensor.shape) for key, tensor in tensors.items()} != {k: [n] for k, n in self._shapes().items()}:
             raise ValueError(f"{path} has other parameters than its settings say")
-        self._add(class_id, tensors, about.get("name"))
+        if any(tensor.dtype != torch.float32 or not tensor.isfinite().all() for tensor in tensors.values()):
+            raise ValueError(f"{path} has parameters that are not finite float32")
+        device = self.device if self.class_ids else torch.device("cpu")
+        self._add(class_id, {key: tensor.to(device) for key, tensor in tensors.items()}, about.get("name"))
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """As [`~ModelMixin.save_pretrained`], with the code that `DiffusionPipeline` loads the adapters with."""

@@ -114,6 +114,10 @@ def create_scheduler(
         # Another class's settings would be taken without a word.
         if found.get("_class_name") != kind.__name__:
             raise ValueError(f"_class_name is {found.get('_class_name')!r}; allowed: {kind.__name__!r}")
+        if found.get("num_train_timesteps") != NUM_TRAIN_TIMESTEPS:
+            raise ValueError(
+                f"num_train_timesteps is {found.get('num_train_timesteps')}; allowed: {NUM_TRAIN_TIMESTEPS}"
+            )
         return kind.from_config(found)
     except (OSError, ValueError, TypeError, RuntimeError, RecursionError) as error:
         raise CheckpointError(f"{folder}/scheduler/scheduler_config.json: {first_line(error)}") from error

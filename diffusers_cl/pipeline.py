@@ -8,7 +8,6 @@ import json
 import numbers
 import os
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -52,7 +51,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
     This model inherits from [`DiffusionPipeline`]. Check the superclass documentation for the generic methods
     implemented for all pipelines (downloading, saving, running on a particular device, etc.). `save_pretrained` puts
     this file into the folder, which `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` then loads
-    without diffusers-cl; `ClassConditionalPipeline.from_pretrained(folder)` never runs a folder's code.
+    without diffusers-cl; `ClassConditionalPipeline.from_pretrained(folder)` never runs a folder's code. (A model with
+    adapters has code of theirs: diffusers-cl's `load_pipeline` loads it without running any.)
 
     Args:
         unet ([`UNet2DModel`] or [`DiTTransformer2DModel`]):
@@ -276,7 +276,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         # Schedulers branch on the timestep and so keep it on the host, the model takes it on the device: one copy of
         # all timesteps, or else every step waits for the device.
         timesteps = self.scheduler.timesteps.to(images.device)
-        model = self.unet if self.adapters is None else partial(self.adapters, self.unet)
+        model = self.unet if self.adapters is None else self.adapters.for_rows(self.unet, class_ids)
         for t, timestep in zip(self.progress_bar(self.scheduler.timesteps), timesteps, strict=True):
             sample = scale_model_input(images, t)
             model_output = model(sample, timestep.expand(len(class_ids)), class_labels=class_labels).sample

@@ -99,7 +99,7 @@ def _load_unet(where: str, folder: Path, config: dict) -> UNet2DModel:
 
 def _load_flow_scheduler(where: str, kind: str, config: dict) -> FlowMatchEulerDiscreteScheduler:
     """Euler's for Euler's or Heun's; what is shifted by hand or runs the other way is another convention."""
-    for key in ("use_dynamic_shifting", "invert_sigmas"):
+    for key in ("use_dynamic_shifting", "invert_sigmas", "stochastic_sampling"):
         if config.get(key):
             raise ConfigError(f"{where}: {key} of the scheduler {kind} is set; allowed: flows without it")
     known = inspect.signature(FlowMatchEulerDiscreteScheduler).parameters

@@ -9,7 +9,7 @@ from pathlib import Path
 import huggingface_hub
 from huggingface_hub.errors import RemoteEntryNotFoundError
 
-from .adapters import ADAPTER_KEYS, has_adapters
+from .adapters import ADAPTER_KEYS, check_settings, has_adapters, split
 from .config import OPERATIONAL_KEYS, TrainingConfig
 from .errors import CheckpointError, ConfigError, DataError, RunError
 from .fetch import check_files, hub_faults, pinned
@@ -227,6 +227,8 @@ def take_over(start: Start, unet, penalty, config: TrainingConfig, warn: Callabl
         ConfigError, CheckpointError: as [`load_weights`] and [`restore_penalty`]; when a file is not there.
     """
     load_weights(unet, start.folder, list(start.class_ids.values()))
+    if (adapters := split(unet)[1]) is not None:
+        check_settings(adapters, start.class_ids, config, start.model)
     recorded = start.state["config"]["penalty"]
     if penalty is None:
         if recorded != "none":

@@ -6,8 +6,7 @@ Lists the classes of an adapted model (FunLoRA), takes single ones out or in, an
     python scripts/classes.py --model runs/funlora/task-01 --add me/digit-7 --output_dir model-with-7
     python scripts/classes.py --model runs/funlora/task-04 --remove 7 --output_dir model-without-7
 
-`--add` takes the file of a class (`adapters/class-7.safetensors` in a model), the repo of one, or with `--class_label` a model that
-has it. What lands in `--output_dir` is a model to sample from; the stream that it was learned in goes on from its task folders.
+`--add` takes the file of a class (`FunLoRA.save_class`), the repo of one, or with `--class_label` a model that has it. What lands in `--output_dir` is a model to sample from; the stream that it was learned in goes on from its task folders.
 """
 
 import argparse
@@ -33,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
     action.add_argument("--add", metavar="FILE_OR_REPO", help="take a class in")
     action.add_argument("--remove", metavar="CLASS", help="take a class out, by name or id")
     action.add_argument("--push", metavar="CLASS", help="publish a class in a repo of its own (--repo_id)")
-    parser.add_argument("--class_label", help="with --add: which class of that model")
+    parser.add_argument("--class_label", help="with --add: the name of a class of that model")
     parser.add_argument("--name", help="with --add: what the class is called here")
     parser.add_argument(
         "--repo_id", help="with --push: namespace/name; the token is that of `hf auth login`, or HF_TOKEN"
@@ -44,6 +43,9 @@ def main(argv: list[str] | None = None) -> None:
         changes = args.add or args.remove
         if bool(changes) != (args.output_dir is not None) or bool(args.push) != (args.repo_id is not None):
             raise ConfigError("--output_dir belongs to --add and --remove, --repo_id to --push")
+        is_file = args.add is not None and Path(args.add).is_file()
+        if (args.class_label or args.name) and not args.add or args.class_label and is_file:
+            raise ConfigError("--name belongs to --add, and --class_label to --add with a model")
         if args.output_dir is not None and args.output_dir.exists() and any(args.output_dir.iterdir()):
             raise ConfigError(f"--output_dir {args.output_dir} is not empty")
         pipeline = load_pipeline(args.model, revision=args.revision)
@@ -53,7 +55,6 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{pushed['url']} has the class {args.push} (commit {pushed['commit'][:12]})")
             return
         if args.add:
-            is_file = Path(args.add).is_file()
             class_id = add_class(pipeline, args.add if is_file else fetch_class(args.add, args.class_label), args.name)
             print(f"added {pipeline.known_classes[class_id]!r} as {class_id}")
         if args.remove:

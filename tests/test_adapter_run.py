@@ -1,12 +1,14 @@
 """A stream with an adapter: what a run trains, keeps, saves and goes on from, and who can load it."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
+from hostile_helpers import sign
 from safetensors.torch import load_file
 from script_helpers import arguments, finished_run, interrupted_copy, run, write_images
 
@@ -125,6 +127,22 @@ def test_what_a_model_is_adapted_with_stays(adapted_run, tmp_path, capfd, key, v
     assert f"{key} is {value!r}" in capfd.readouterr().err
 
 
+def test_adapters_that_are_not_what_the_state_says_are_refused(adapted_run, tmp_path, capfd):
+    model = shutil.copytree(adapted_run / "task-02", tmp_path / "model")
+    path = model / "adapters" / "config.json"
+    names = {**read_json(path)["names"], "9": "ghost"}
+    # Signed anew: a checksum is no secret.
+    pipeline = load(model)
+    pipeline.adapters.add_class(9, pipeline.unet, "ghost")
+    pipeline.adapters.save_pretrained(model / "adapters")
+    assert read_json(path)["names"] == names
+    sign(model, {})
+    data = write_images(tmp_path / "data", {"apple": 24})
+    options = ["--pretrained_model_name_or_path", str(model), "--train_data_dir", str(data)]
+    assert run([*options, "--output_dir", str(tmp_path / "run")]) == 4
+    assert "class id 9, which its state does not know" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
@@ -227,6 +245,12 @@ def test_round_trip_without_the_package(adapted_run, tmp_path):
             lambda content: content.replace(b'"num_terms": 10', b'"num_terms": 9'),
             "do not fit|cannot be",
         ),
+        (
+            "config.json",
+            lambda content: re.sub(rb'"base": "...', b'"base": "123', content),
+            "network of other weights",
+        ),
+        ("config.json", lambda content: re.sub(rb"\[\s*0,\s*1\s*\]", b"[]", content), "first_class_ids is"),
         ("diffusion_pytorch_model.safetensors", lambda content: content[:-8], "damaged"),
     ],
 )

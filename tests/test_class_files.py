@@ -92,6 +92,13 @@ def test_the_script_takes_classes_in_and_out(adapted_run, tmp_path):
     assert done.returncode == 0, done.stderr
     less = load_pipeline(tmp_path / "less", "cpu")
     assert list(less.known_classes.values()) == ["0", "1", "3", "4"]
+    # Without the last one it is a plain model again.
+    for start, class_id in (("less", 3), ("least", 4)):
+        target = {"less": "least", "least": "plain"}[start]
+        done = run_script("--model", tmp_path / start, "--remove", str(class_id), "--output_dir", tmp_path / target)
+        assert done.returncode == 0, done.stderr
+    plain = load_pipeline(tmp_path / "plain", "cpu")
+    assert plain.adapters is None and list(plain.known_classes) == [0, 1]
     names = json.loads((tmp_path / "less" / "adapters" / "config.json").read_text())["names"]
     assert names == {"3": "3", "4": "4"}
 
@@ -103,6 +110,7 @@ def test_the_script_takes_classes_in_and_out(adapted_run, tmp_path):
         (["--add", "{whole}", "--class_label", "0", "--output_dir", "{new}"], "the class '0' has no adapters"),
         (["--add", "{whole}", "--class_label", "2", "--output_dir", "{new}"], "has a class '2' already"),
         (["--remove", "1", "--output_dir", "{new}"], "class 1 has no adapters"),
+        (["--name", "x"], "--name belongs to --add"),
         (["--remove", "3"], "--output_dir belongs to --add and --remove"),
         (["--push", "3"], "--repo_id to --push"),
         (["--remove", "3", "--output_dir", "{whole}"], "is not empty"),

@@ -1,4 +1,4 @@
-"""FunLoRA: its formulas, its parameter counts as the paper has them, and that it touches no class but its own."""
+"""FunLoRA: its formulas, its parameter counts as the paper has them, and its files."""
 
 import copy
 import math
@@ -7,9 +7,13 @@ import pytest
 import torch
 from conftest import TINY_SIZES
 from diffusers import UNet2DModel
+from funlora_helpers import adapted, made_of, move, predict, rows
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
+from diffusers_cl.adapters import importance
 from diffusers_cl.config import FUNLORA_LAYERS
-from diffusers_cl.filters import FUNCTIONS, find_layers, functional_matrix, group_rows, read_class, starting_terms
+from diffusers_cl.filters import FUNCTIONS, find_layers, functional_matrix, read_class, starting_terms
 from diffusers_cl.funlora import FunLoRA
 
 
@@ -24,34 +28,6 @@ PAPER_UNET = {
     "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
     "num_class_embeds": 10,
 }
-
-
-def rows(num_rows: int = 7) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    images = torch.randn(num_rows, 1, 8, 8, generator=generator)
-    timesteps = torch.randint(0, 1000, (num_rows,), generator=generator)
-    return images, timesteps, torch.tensor([3, 0, 2, 1, 3, 2, 0])[:num_rows]
-
-
-def adapted(unet, function="cosine", classes=(2, 3), **options) -> FunLoRA:
-    adapters = FunLoRA.from_unet(unet, [0, 1], ["up_blocks.*"], function=function, **options)
-    for class_id in classes:
-        adapters.add_class(class_id, unet)
-    return adapters
-
-
-def move(adapters: FunLoRA, *class_ids: int) -> None:
-    """Changes the parameters of classes as training would."""
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for class_id in class_ids:
-            for parameter in adapters.classes[str(class_id)].parameters():
-                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-
-
-@torch.no_grad()
-def predict(adapters, unet, images, timesteps, class_labels):
-    return adapters(unet, images, timesteps, class_labels).sample
 
 
 def by_hand(function: str, A, B, w, omega) -> torch.Tensor:
@@ -134,7 +110,7 @@ def test_a_batch_of_several_classes_is_what_each_row_gives_alone(tiny_unet):
         if class_id > 1:
             written = copy.deepcopy(tiny_unet)
             for name in adapters.config.layers:
-                layer = adapters._layer(class_id, name)
+                layer = adapters.classes[str(class_id)].get_submodule(name)
                 factor = by_hand("cosine", layer.A, layer.B, layer.w, layer.omega)
                 written.get_submodule(name).weight.data *= factor[:, :, None, None]
             written.class_embedding.weight.data[class_id] = adapters.classes[str(class_id)].class_embedding
@@ -144,90 +120,6 @@ def test_a_batch_of_several_classes_is_what_each_row_gives_alone(tiny_unet):
     # One timestep for all rows, too.
     one = predict(adapters, tiny_unet, images, 500, class_labels)
     assert torch.equal(one, predict(adapters, tiny_unet, images, torch.full((7,), 500), class_labels))
-
-
-def test_one_convolution_for_every_class_in_the_batch(tiny_unet, monkeypatch):
-    calls = []
-    plain = torch.nn.Conv2d._conv_forward
-
-    def counted(self, rows, weight, bias):
-        calls.append(len(rows))
-        return plain(self, rows, weight, bias)
-
-    images, timesteps, class_labels = rows()
-    adapters = adapted(tiny_unet)
-    all_layers = len(find_layers(tiny_unet, ["*"]))
-    predict(adapters, tiny_unet, images, timesteps, class_labels)
-    monkeypatch.setattr(torch.nn.Conv2d, "_conv_forward", counted)
-    predict(adapters, tiny_unet, images, timesteps, class_labels)
-    num_adapted = len(adapters.config.layers)
-    # Classes 2 and 3, and the others together; all rows once.
-    assert len(calls) == all_layers + 2 * num_adapted
-    assert sum(calls) == 7 * all_layers
-    assert group_rows([3, 0, 2, 1, 3], [2, 3]) == ([1, 3, 2, 0, 4], [(None, 2), (2, 1), (3, 2)])
-    assert group_rows([0, 2, 2], [2, 3]) == (None, [(None, 1), (2, 2)])
-
-
-@pytest.mark.parametrize("function", FUNCTIONS)
-def test_old_classes_stay_as_they_were_bit_by_bit(tiny_unet, function):
-    images, timesteps, class_labels = rows()
-    first, second = class_labels < 2, class_labels == 2
-    with torch.no_grad():
-        before = tiny_unet(images[first], timesteps[first], class_labels=class_labels[first]).sample
-    adapters = adapted(tiny_unet, function, classes=[2])
-    train(adapters, tiny_unet, images, timesteps, class_labels, [2])
-    between = predict(adapters, tiny_unet, images[second], timesteps[second], class_labels[second])
-    adapters.add_class(3, tiny_unet)
-    train(adapters, tiny_unet, images, timesteps, class_labels, [3])
-    after = [predict(adapters, tiny_unet, images[p], timesteps[p], class_labels[p]) for p in (first, second)]
-    assert torch.equal(after[0], before) and torch.equal(after[1], between)
-
-
-def train(adapters, unet, images, timesteps, class_labels, class_ids) -> list[str]:
-    """A few steps on these classes; returns the names of the parameters that changed, of network and adapters."""
-    adapters.train_only(class_ids)
-    modules = torch.nn.ModuleList([unet, adapters])
-    before = {name: parameter.clone() for name, parameter in modules.named_parameters()}
-    part = torch.isin(class_labels, torch.tensor(class_ids))
-    optimizer = torch.optim.AdamW(modules.parameters(), lr=0.01, weight_decay=0.1)
-    for _ in range(3):
-        optimizer.zero_grad()
-        adapters(unet, images[part], timesteps[part], class_labels[part]).sample.square().mean().backward()
-        optimizer.step()
-    return [name for name, parameter in modules.named_parameters() if not torch.equal(parameter, before[name])]
-
-
-@pytest.mark.parametrize("train_class_embedding", [False, True])
-def test_only_the_new_classes_train(tiny_unet, train_class_embedding):
-    adapters = adapted(tiny_unet, train_class_embedding=train_class_embedding)
-    changed = train(adapters, tiny_unet, *rows(), [3])
-    assert {name.split(".")[2] for name in changed} == {"3"}
-    assert ("1.classes.3.class_embedding" in changed) == train_class_embedding
-    assert sum(p.numel() for p in adapters.parameters() if p.requires_grad) == adapters.parameters_per_class
-
-
-def test_a_class_that_is_not_in_the_batch_has_a_gradient_of_zero(tiny_unet):
-    images, timesteps, class_labels = rows()
-    adapters = adapted(tiny_unet, train_class_embedding=True)
-    adapters.train_only([2, 3])
-    part = class_labels == 3
-    adapters(tiny_unet, images[part], timesteps[part], class_labels[part]).sample.square().mean().backward()
-    for class_id, is_zero in ((2, True), (3, False)):
-        gradients = [parameter.grad for parameter in adapters.classes[str(class_id)].parameters()]
-        assert all(gradient is not None and (gradient == 0).all() == is_zero for gradient in gradients)
-
-
-def test_factors_are_computed_once_until_a_parameter_changes(tiny_unet, monkeypatch):
-    adapters = adapted(tiny_unet)
-    calls = []
-    plain = FunLoRA._compute
-    monkeypatch.setattr(FunLoRA, "_compute", lambda *args: calls.append(args[1:]) or plain(*args))
-    first = predict(adapters, tiny_unet, *rows())
-    assert len(calls) == 2 * len(adapters.config.layers)
-    assert torch.equal(predict(adapters, tiny_unet, *rows()), first) and len(calls) == 2 * len(adapters.config.layers)
-    move(adapters, 3)
-    assert not torch.equal(predict(adapters, tiny_unet, *rows()), first)
-    assert len(calls) == 3 * len(adapters.config.layers)
 
 
 def test_parameters_per_class_as_the_paper_counts_them():
@@ -252,15 +144,15 @@ def test_parameters_per_class_as_the_paper_counts_them():
 
 def test_importance_is_the_mean_distance_from_one(tiny_unet):
     adapters = adapted(tiny_unet, "vanilla")
-    assert {value for layers in adapters.importance().values() for value in layers.values()} == {0.0}
+    assert {value for layers in importance(adapters).values() for value in layers.values()} == {0.0}
     name = next(iter(adapters.config.layers))
-    layer = adapters._layer(3, name)
+    layer = adapters.classes["3"].get_submodule(name)
     with torch.no_grad():
         layer.A += 0.5
         layer.B[0] -= 2.0
     expected = (0.5 * len(layer.A) + 2.0) / (len(layer.A) + len(layer.B))
-    assert adapters.importance()[3][name] == pytest.approx(expected)
-    assert adapters.importance()[2][name] == 0
+    assert importance(adapters)[3][name] == pytest.approx(expected)
+    assert importance(adapters)[2][name] == 0
 
 
 def test_a_class_goes_from_one_model_to_another_in_one_file(tiny_unet, tmp_path):
@@ -280,15 +172,19 @@ def test_a_class_goes_from_one_model_to_another_in_one_file(tiny_unet, tmp_path)
     assert other.class_ids == [2]
     with pytest.raises(ValueError, match="class 3 has no adapters"):
         other.remove_class(3)
+    broken = load_file(tmp_path / "dog.safetensors")
+    about = safe_open(tmp_path / "dog.safetensors", "pt").metadata()
+    first = next(iter(broken))
+    for wrong in (broken[first].double(), broken[first] * torch.nan):
+        save_file({**broken, first: wrong}, tmp_path / "broken.safetensors", about)
+        with pytest.raises(ValueError, match="not finite float32"):
+            other.load_class(tmp_path / "broken.safetensors")
+    assert other.class_ids == [2]
     with torch.no_grad():
         tiny_unet.conv_in.weight[0] += 1
     for unfit, key in ((adapted(tiny_unet), "base"), (FunLoRA(**{**made_of(adapters), "ratio": 2}), "ratio")):
         with pytest.raises(ValueError, match=f"was made with {key}"):
             unfit.load_class(tmp_path / "dog.safetensors", 9)
-
-
-def made_of(adapters: FunLoRA) -> dict:
-    return {key: value for key, value in adapters.config.items() if not key.startswith("_") and key != "names"}
 
 
 def test_saved_and_loaded(tiny_unet, tmp_path):
@@ -311,6 +207,10 @@ def test_wrong_arguments(tiny_unet):
         FunLoRA.from_unet(linear, [0])
     with pytest.raises(ValueError, match=r"ratio is 3, which does not divide the 16 and 32 channels of up_blocks"):
         adapted(tiny_unet, ratio=3)
+    with pytest.raises(ValueError, match="ratio is 0; allowed: whole numbers from 1"):
+        adapted(tiny_unet, ratio=0)
+    with pytest.raises(ValueError, match=r"first_class_ids is \[\]"):
+        FunLoRA.from_unet(tiny_unet, [])
     with pytest.raises(ValueError, match="function 'sine' is not one of cosine, power, shift, vanilla"):
         adapted(tiny_unet, "sine")
     with pytest.raises(ValueError, match="num_terms is 1; allowed: 2 to 1000 for cosine"):
