@@ -208,15 +208,6 @@ def to_latex(rows: list[list[str]], notes: list[str]) -> str:
     )
 
 
-def published_classification_cells(published: dict) -> list[list[str]]:
-    """Returns the published LA of other methods (`results/published.json`) as rows of text, the head first."""
-    found = published["classification"]
-    rows = [["published", *found["columns"]]]
-    for name, (la, hours, millions, per_class) in found["methods"].items():
-        rows.append([name, f"{la:.2f}", f"{hours:.1f}", f"{millions:g}", format_count(per_class)])
-    return rows
-
-
 def render_markdown(table: dict, per_task: bool = False) -> str:
     """Returns the comparison (from [`compare`]) in Markdown with its notes and, if asked for, a table of the tasks."""
     parts = [to_markdown(table_cells(table)), *(f"{note}\n" for note in table_notes(table))]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hostile_helpers import sign
 from safetensors.torch import load_file
-from script_helpers import arguments, finished_run, interrupted_copy, run, write_images
+from script_helpers import arguments, finished_run, interrupted_copy, run, start, write_images
 
 from diffusers_cl.adapters import add_class, remove_class
 from diffusers_cl.class_files import fetch_class
@@ -104,17 +104,31 @@ def test_a_run_that_was_interrupted_is_the_same(adapted_run, tmp_path):
         assert (copy / name).read_bytes() == (adapted_run / name).read_bytes()
 
 
+def test_two_processes_whose_batches_lack_classes(files, tmp_path):
+    """A row each of three classes: no process ever sees all, and all have gradients to share."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    settings = {**ADAPTED, "tasks": "[[0, 1], [2, 3, 4]]", "train_batch_size": 1, "use_ema": "false"}
+    process = start(files, arguments(files, tmp_path / "run", **settings), launcher)
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors[-3000:]
+    first, second = (tmp_path / "run" / f"task-0{task}" for task in range(2))
+    assert (first / UNET).read_bytes() == (second / UNET).read_bytes()
+    vectors = load_file(second / "adapters" / "diffusion_pytorch_model.safetensors")
+    trained = {name.split(".")[1] for name, v in vectors.items() if name.endswith("conv1.A") and not (v == 1).all()}
+    assert len(trained) >= 2
+
+
 def test_going_on_from_an_adapted_task_and_from_a_plain_one(adapted_run, tmp_path):
     data = write_images(tmp_path / "data", {"apple": 24})
-    start = {"pretrained_model_name_or_path": adapted_run / "task-02", "train_data_dir": data, "max_train_steps": 2}
-    options = [part for key, value in start.items() for part in (f"--{key}", str(value))]
+    values = {"pretrained_model_name_or_path": adapted_run / "task-02", "train_data_dir": data, "max_train_steps": 2}
+    options = [part for key, value in values.items() for part in (f"--{key}", str(value))]
     assert run([*options, "--output_dir", str(tmp_path / "run")]) == 0
     pipeline = load(tmp_path / "run/task-03")
     assert pipeline.adapters.class_ids == [2, 3, 4, 5]
     assert torch.equal(draw(pipeline, "0", "4"), draw(load(adapted_run / "task-02"), "0", "4"))
     # All classes of a plain model are its first.
-    start["pretrained_model_name_or_path"] = adapted_run / "task-00"
-    options = [part for key, value in start.items() for part in (f"--{key}", str(value))]
+    values["pretrained_model_name_or_path"] = adapted_run / "task-00"
+    options = [part for key, value in values.items() for part in (f"--{key}", str(value))]
     assert run([*options, "--output_dir", str(tmp_path / "other")]) == 0
     assert read_json(tmp_path / "other/task-01/adapters/config.json")["first_class_ids"] == [0, 1]
 
