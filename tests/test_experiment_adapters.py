@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import sys
 from dataclasses import replace
 
@@ -18,6 +19,7 @@ from diffusers_cl.filters import EMBEDDING
 
 
 FOLDER = ROOT / "scripts" / "experiments"
+README = (ROOT / "README.md").read_text()
 RESULTS = sorted((ROOT / "results" / "funlora" / "adapters").glob("*.json"))
 
 
@@ -239,9 +241,10 @@ def test_attention_is_needed_for_its_adapters(tiny_unet):
 
 
 def test_a_run_and_its_table(adapted_run, tmp_path, capsys):
+    compared = ("scale_shift", "lora_attention", "lora_conv_v2")
     output = tmp_path / "file.json"
     command = [str(adapted_run), "--output", str(output), "--kinds"]
-    assert experiment.main([*command, "funlora", *kinds.KINDS]) == 0
+    assert experiment.main([*command, "funlora", *compared]) == 0
     content = json.loads(output.read_text())
     run, rows = content["run"], {row["kind"]: row for row in content["rows"]}
     # The loop is that of the run: its own adapters come out bit by bit, and are measured the same.
@@ -249,7 +252,7 @@ def test_a_run_and_its_table(adapted_run, tmp_path, capsys):
     assert again["that_of_the_run"] and again["per_task"] == run["per_task"]
     assert again["classification"] == run["classification"]
     assert again["parameters_per_class"] == run["parameters"]["per_class"]
-    for kind in kinds.KINDS:
+    for kind in compared:
         assert rows[kind]["first_task_unchanged"] and rows[kind]["steps"] == [3, 3]
         assert rows[kind]["per_task"] != run["per_task"] and rows[kind]["learning_rate"] == 0.01
         assert len(rows[kind]["classification"]["matrix"]) == 3
@@ -264,7 +267,7 @@ def test_a_run_and_its_table(adapted_run, tmp_path, capsys):
     assert experiment.main(["--table", str(output)]) == 0
     lines = capsys.readouterr().out.splitlines()
     heads = "method | learning rate | seeds | PPC | fd_classifier | recall"
-    assert len(lines) == 2 + 1 + len(kinds.KINDS) + 1 and lines[0].startswith(f"| {heads.split(' | fd')[0]} |")
+    assert len(lines) == 2 + 1 + len(compared) + 1 and lines[0].startswith(f"| {heads.split(' | fd')[0]} |")
     assert lines[2].startswith("| FunLoRA (cosine) | 0.01 | 0 |") and lines[-1].startswith(
         "| scale and shift | 0.1 | 0 |"
     )
@@ -310,3 +313,20 @@ def test_means_over_seeds():
     contents[1]["run"]["config"]["steps"] = 6
     with pytest.raises(ConfigError, match="run1 and run0 cannot stand in one table: .'steps'"):
         experiment.summarize(contents)
+
+
+@pytest.mark.parametrize("file", RESULTS, ids=lambda file: file.stem)
+def test_results_are_of_the_runs_network(file):
+    content = json.loads(file.read_text())
+    (again,) = (row for row in content["rows"] if experiment.is_again(row, content["run"]))
+    # Of another machine, it may end in other digits.
+    assert again["that_of_the_run"] and again["classification"] == content["run"]["classification"]
+    assert all(row["first_task_unchanged"] for row in content["rows"])
+    assert {row["commit"].split("-")[0] for row in content["rows"]}
+
+
+def test_the_table_in_readme_is_that_of_the_results():
+    ((pattern, table),) = re.findall(r"<!-- adapters.py (.*?) -->\n\n(.*?)\n\n", README, re.DOTALL)
+    contents = [json.loads(path.read_text()) for path in sorted(ROOT.glob(pattern))]
+    assert table == experiment.table(experiment.summarize(contents))
+    assert (RESULTS[0].parent / "table.md").read_text() == f"{table}\n" and len(contents) == len(RESULTS)

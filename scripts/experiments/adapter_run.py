@@ -157,7 +157,6 @@ def train_task(
     if ema_model is not None:
         ema_model.copy_to(parameters)
     accelerator.unwrap_model(prepared, keep_fp32_wrapper=False).eval()
-    accelerator.free_memory()
     return steps
 
 
@@ -227,6 +226,7 @@ def measure(kind: str, run: Finished, learning_rate: float | None, accelerator: 
         seen = {class_ids[name]: name for earlier in tasks[: task + 1] for name in earlier}
         images.pipeline = as_pipeline(model, noise_scheduler, seen)
         rows.append(classification(images, task + 1, lambda phase: contextlib.nullcontext()))
+    accelerator.free_memory()
     metrics = evaluation(images, len(tasks))[0]["metrics"]
     row = {
         "kind": kind,

@@ -10,6 +10,7 @@ adapters once more, for their seconds, and says whether they are the run's bit b
 """
 
 import argparse
+import statistics
 import sys
 from pathlib import Path
 
@@ -80,25 +81,24 @@ def summarize(contents: list[dict]) -> list[dict]:
                 name = content["run"]["method"] if row["kind"] == "funlora" else NAMES[row["kind"]] + rank
                 groups.setdefault((name, row["learning_rate"]), []).append((content["run"]["seed"], row))
     clock = "cpu_seconds" if first["device"] == "cpu" else "seconds"
-
-    def over_seeds(rows: list[dict], *path: str) -> list[float | None] | None:
-        values = []
-        for row in rows:
-            for key in path:
-                row = None if row is None else row.get(key)
-            values.append(sum(row) / len(row) if isinstance(row, list) and None not in row else row)
-        found = None if None in values or any(isinstance(value, list) for value in values) else mean_and_error(values)
-        return found and list(found)
-
     summary = []
     for (name, learning_rate), members in groups.items():
-        rows = [row for _, row in members]
-        row = {"method": name, "learning_rate": learning_rate, "seeds": [seed for seed, _ in members]}
+        seeds, rows = zip(*members, strict=True)
+        row = {"method": name, "learning_rate": learning_rate, "seeds": list(seeds)}
         row["parameters_per_class"] = rows[0]["parameters_per_class"]
-        row |= {key: over_seeds(rows, "per_task", key) for key in (first["metric"], "recall", "accuracy")}
-        row |= {key: over_seeds(rows, "classification", key) for key in ("la", "aia")}
-        summary.append({**row, clock: over_seeds(rows, clock)})
+        for key in (first["metric"], "recall", "accuracy", "la", "aia", clock):
+            found = mean_and_error([value_of(row, key) for row in rows])
+            row[key] = found and list(found)
+        summary.append(row)
     return summary
+
+
+def value_of(row: dict, key: str) -> float | None:
+    """Returns a number of a row, of a metric of tasks the average; `None` where it has none."""
+    if key in ("la", "aia"):
+        return (row["classification"] or {}).get(key)
+    values = row["per_task"].get(key, [row.get(key)])
+    return None if None in values else statistics.fmean(values)
 
 
 def is_again(row: dict, run: dict) -> bool:
