@@ -241,7 +241,7 @@ def test_attention_is_needed_for_its_adapters(tiny_unet):
 
 
 def test_a_run_and_its_table(adapted_run, tmp_path, capsys):
-    compared = ("scale_shift", "lora_attention", "lora_conv_v2")
+    compared = ("scale_shift", "lora_attention")
     output = tmp_path / "file.json"
     command = [str(adapted_run), "--output", str(output), "--kinds"]
     assert experiment.main([*command, "funlora", *compared]) == 0
