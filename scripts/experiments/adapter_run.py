@@ -161,10 +161,15 @@ def train_task(
 
 
 class Images:
-    """Samples with `pipeline` as a run does, but each image once: those of old classes stay. [`Evaluation`] calls it."""
+    """Samples as a run does, but each image once: those of old classes stay. [`Evaluation`] calls it."""
 
     def __init__(self, config: TrainingConfig):
         self.pipeline, self.config, self.kept = None, config, {}
+
+    def renew(self, pipeline, class_ids: Sequence[int]) -> None:
+        """Samples with this pipeline from now on, the images of these classes anew."""
+        self.pipeline = pipeline
+        self.kept = {asked: image for asked, image in self.kept.items() if asked[0] not in class_ids}
 
     def __call__(self, class_ids: Sequence[int], keys: Sequence[tuple]) -> torch.Tensor:
         asked = list(zip(class_ids, keys, strict=True))
@@ -224,7 +229,7 @@ def measure(kind: str, run: Finished, learning_rate: float | None, accelerator: 
         spent["seconds"] += time.perf_counter() - started[0]
         spent["cpu_seconds"] += time.process_time() - started[1]
         seen = {class_ids[name]: name for earlier in tasks[: task + 1] for name in earlier}
-        images.pipeline = as_pipeline(model, noise_scheduler, seen)
+        images.renew(as_pipeline(model, noise_scheduler, seen), [class_ids[name] for name in names])
         rows.append(classification(images, task + 1, lambda phase: contextlib.nullcontext()))
     accelerator.free_memory()
     metrics = evaluation(images, len(tasks))[0]["metrics"]
