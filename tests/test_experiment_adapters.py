@@ -152,3 +152,21 @@ def test_the_table_in_readme_is_that_of_the_results():
     contents = [json.loads(path.read_text()) for path in sorted(ROOT.glob(pattern))]
     assert table == experiment.table(experiment.summarize(contents))
     assert (RESULTS[0].parent / "table.md").read_text() == f"{table}\n" and len(contents) == len(RESULTS)
+
+
+def test_what_readme_says_of_the_table_is_in_the_results():
+    own, *others = experiment.summarize([json.loads(path.read_text()) for path in RESULTS])
+    rows = {row["method"].removesuffix(" (r = 1)"): row for row in others}
+    names = ("LoRA, convolutions, v1", "LoRA, convolutions, v2", "scale and shift")
+    metric = next(key for key in own if key.startswith("fd_"))
+    v1, v2, scale = (rows[name] for name in names)
+    distances = [f"{row[metric][0]:.2f}" for row in (own, v1, v2, scale)]
+    times = [f"{row['parameters_per_class'] / own['parameters_per_class']:.1f}" for row in (v1, v2)]
+    text = " ".join(README.split())
+    said = f"nearer than FunLoRA ({distances[1]} for v1 and {distances[2]} for v2, against {distances[0]})"
+    assert f"{said} with {times[0]} and {times[1]} times the parameters" in text
+    assert f"with fewer is farther ({distances[3]})" in text
+    la = [row["la"][0] for row in (own, v1, v2, scale)]
+    assert f"lies between {min(la):.3f} and {max(la):.3f}" in text
+    embedding = rows["class embedding alone"]
+    assert f"alone {embedding[metric][0]:.1f} and LA {embedding['la'][0]:.2f}" in text
