@@ -35,7 +35,14 @@ install_requires = [
     "tqdm>=4.70",
     "transformers>=5.17",
 ]
-test = ["filelock>=4.2", "markdown-it-py>=4.2", "pytest>=9.2", "pytest-timeout>=2.4", "pytest-xdist>=3.8"]
+test = [
+    "filelock>=4.2",
+    "markdown-it-py>=4.2",
+    "peft>=0.21",
+    "pytest>=9.2",
+    "pytest-timeout>=2.4",
+    "pytest-xdist>=3.8",
+]
 quality = ["ruff==0.17.5"]
 
 setup(
