@@ -42,13 +42,25 @@ def test_differences_from_distillation(folder, place):
     assert f"{table['floor']['std']:.2f} {place}" in TEXT
 
 
-def test_functions_on_one_seed():
-    runs = {run.path.stem: run for run in rows("digits")[1]["runs"]}
-    average, per_class = {}, {}
-    for name in ("funlora", "funlora_vanilla", "funlora_power"):
-        metrics = runs[f"{name}-seed0"].metrics
-        average[name] = metrics["metrics"]["fd_classifier"]["average"][-1]
-        per_class[name] = metrics["parameters"]["per_class"]
-    said = "{funlora:.2f} with the cosine, {funlora_vanilla:.2f} with vanilla, {funlora_power:.2f} with powers"
-    assert said.format_map(average) in TEXT
-    assert f"{per_class['funlora_vanilla']:,} parameters a class in place of {per_class['funlora']:,}" in TEXT
+def test_functions_on_every_seed():
+    found, table = rows("digits")
+    names = [f"FunLoRA ({function})" for function in ("cosine", "vanilla", "power")]
+    cosine, vanilla, power = (found[name]["average"][0] for name in names)
+    said = f"{cosine:.2f} with the cosine, {vanilla:.2f} with vanilla, {power:.2f} with powers"
+    assert said in TEXT
+    by_seed = {
+        name: {r.seed: r.metrics["metrics"]["fd_classifier"]["average"][-1] for r in table["groups"][name]}
+        for name in names
+    }
+    for seed in (0, 1, 2):
+        first, second, third = (by_seed[name][seed] for name in names)
+        assert first < second < third
+    own, other = (table["groups"][name][0].metrics["parameters"]["per_class"] for name in names[:2])
+    assert f"vanilla has {other:,} parameters a class in place of {own:,}" in TEXT
+
+
+def test_flow_against_diffusion():
+    flow = rows("mnist_small")[0]["distillation"]["average"][0]
+    runs = [load_run(path) for path in sorted((ROOT / "results" / "mnist_small").glob("distillation-seed*.json"))]
+    diffusion = compare(runs)["rows"][0]["average"][0]
+    assert f"distillation on MNIST has {flow:.2f} with it and {diffusion:.2f} with diffusion" in TEXT
