@@ -30,7 +30,15 @@ WRONG_OF_KEY = {
 }
 # YAML of the right type and out of range; all other whole numbers start at 1.
 FROM_ZERO = ("lr_warmup_steps", "dataloader_num_workers", "seed", "skip_nonfinite")
-POSITIVE = ("learning_rate", "adam_epsilon", "max_grad_norm", "distillation_weight", "ema_inv_gamma", "ema_power")
+POSITIVE = (
+    "learning_rate",
+    "adapter_learning_rate",
+    "adam_epsilon",
+    "max_grad_norm",
+    "distillation_weight",
+    "ema_inv_gamma",
+    "ema_power",
+)
 OUT_OF_RANGE = {
     **{key: "0 | -1 | -1000000" for key, kind in TYPES.items() if kind in (int, int | None)},
     **dict.fromkeys(FROM_ZERO, "-1 | -1000000"),

@@ -9,6 +9,7 @@ LoRA's product is not scaled (`lora_alpha = r`), and a class's embedding row is 
 import math
 import warnings
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -87,6 +88,10 @@ class ClassAdapters(nn.Module):
             is_trained = class_id in self.in_training
             self.classes[str(class_id)].requires_grad_(is_trained)
             self.rows[str(class_id)].requires_grad_(is_trained and self.train_class_embedding)
+
+    def for_rows(self, unet: nn.Module, class_ids: Sequence[int]):
+        """Returns the network with its adapters, called like it, as [`FunLoRA.for_rows`]; rows are grouped in every pass."""
+        return partial(self, unet)
 
     def forward(self, unet: nn.Module, sample: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor):
         """

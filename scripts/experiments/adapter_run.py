@@ -216,7 +216,7 @@ def measure(kind: str, run: Finished, learning_rate: float | None, accelerator: 
     spent = {"seconds": 0.0, "cpu_seconds": 0.0}
     for task, names in enumerate(tasks[1:], start=1):
         if kind == "funlora":
-            adapt(model, names, [name for earlier in tasks[:task] for name in earlier], class_ids, config)
+            adapt(model, tasks, task, class_ids, config)
         else:
             new = [name for name in names if class_ids[name] not in model.adapters.class_ids]
             for name in new:

@@ -56,9 +56,12 @@ def lines(device: torch.device, repetitions: int, classes: tuple[int, ...] = (1,
             losses(model, rows).mean().backward()
             optimizer.step()
 
-        def forward(model=model, rows=rows) -> None:
+        # As all steps of a sample share them, what depends on the classes alone is not measured.
+        sampling = model if name == "plain" else model.adapters.for_rows(model.unet, labels.tolist())
+
+        def forward(sampling=sampling, rows=rows) -> None:
             with torch.no_grad():
-                losses(model, rows)
+                losses(sampling, rows)
 
         steps[name], passes[name] = step, forward
     found = []
