@@ -8,6 +8,7 @@ LoRA's product is not scaled (`lora_alpha = r`), and a class's embedding row is 
 
 import math
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import partial
 
@@ -120,7 +121,7 @@ class ClassAdapters(nn.Module):
         return UNet2DOutput(sample=torch.cat(parts)[order.argsort()])
 
 
-class WeightAdapters(ClassAdapters):
+class WeightAdapters(ClassAdapters, ABC):
     """
     Convolutions whose weight and bias are, for a class, a function of the network's and of tensors of the class.
 
@@ -134,13 +135,13 @@ class WeightAdapters(ClassAdapters):
         super().__init__(unet, *options)
         self.layers = list(layers)
 
+    @abstractmethod
     def start(self, convolution: nn.Conv2d, draws: torch.Generator) -> tuple[torch.Tensor, ...]:
         """Returns the tensors of a class that hasn't trained yet."""
-        raise NotImplementedError
 
+    @abstractmethod
     def change(self, convolution: nn.Conv2d, *tensors: torch.Tensor) -> dict[str, torch.Tensor]:
         """Returns `weight` and `bias`, or one of them."""
-        raise NotImplementedError
 
     def new_parameters(self, unet: nn.Module, class_id: int, seed: int) -> list[nn.Parameter]:
         draws = torch.Generator().manual_seed(seed)
