@@ -1,7 +1,5 @@
 """The network of a run with an adapter: frozen after the first task, with parameters of its own for every later class."""
 
-import copy
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -11,7 +9,7 @@ from safetensors import SafetensorError
 
 from .config import TrainingConfig
 from .errors import CheckpointError, ConfigError, first_line
-from .filters import adapted_modules, frozen_digest, read_class
+from .filters import adapted_modules, find_layers, frozen_digest, read_class
 from .funlora import FunLoRA
 from .pipeline import ClassConditionalPipeline
 
@@ -89,16 +87,13 @@ def adapt(
         tasks (`list[list[str]]`), class_ids (`dict[str, int]`): of the stream.
         task (`int`): that is about to be trained, from 0.
         config ([`TrainingConfig`]): its adapter keys.
-
-    Raises:
-        ConfigError: when no convolution is named as in `adapter_layers`, or the ratio does not divide the channels of one.
     """
     if config.adapter == "none" or task == 0:
         return config.learning_rate
     if unet.adapters is None:
         # A class that was learned once more stands in two tasks.
         earlier = list(dict.fromkeys(class_ids[name] for names in tasks[:task] for name in names))
-        unet.adapters = _new_adapters(unet.unet, earlier, config)
+        unet.adapters = FunLoRA.from_unet(unet.unet, earlier, config.adapter_layers, **_settings(config))
     # As it is loaded, a network is not frozen.
     unet.unet.requires_grad_(False)
     for name in tasks[task]:
@@ -118,13 +113,6 @@ def _settings(config: TrainingConfig) -> dict:
     }
 
 
-def _new_adapters(unet: nn.Module, first_class_ids: Sequence[int], config: TrainingConfig) -> FunLoRA:
-    try:
-        return FunLoRA.from_unet(unet, first_class_ids, config.adapter_layers, **_settings(config))
-    except ValueError as error:
-        raise ConfigError(f"{_KEYS[str(error).split()[0]]}: {error}") from error
-
-
 def with_adapter(unet: UNet2DModel, config: TrainingConfig, is_compiled: bool) -> UNet2DModel | AdaptedUNet:
     """
     Returns the network of a run, as its adapter has it.
@@ -134,13 +122,18 @@ def with_adapter(unet: UNet2DModel, config: TrainingConfig, is_compiled: bool) -
         is_compiled (`bool`): whether training compiles it, for which the groups of every batch would be new code.
 
     Raises:
-        ConfigError: before anything is trained, as [`adapt`]; for a network that is compiled.
+        ConfigError: before anything is trained, when no convolution is named as in `adapter_layers`, when `adapter_ratio` or
+            `funlora_terms` do not fit, and for a network that is compiled.
     """
     if config.adapter == "none":
         return unet
     if is_compiled:
         raise ConfigError(f"dynamo_backend is 'inductor'; allowed: 'no' with adapter: {config.adapter}")
-    _new_adapters(copy.deepcopy(unet), [0], config)
+    try:
+        # Thrown away: the network that it would be for is still to be trained.
+        FunLoRA(find_layers(unet, config.adapter_layers), 0, [0], "", **_settings(config))
+    except ValueError as error:
+        raise ConfigError(f"{_KEYS[str(error).split()[0]]}: {error}") from error
     return AdaptedUNet(unet)
 
 

@@ -73,7 +73,8 @@ def fetch_class(
     adapters = read_adapters(folder / ADAPTERS)
     if int(class_id) not in adapters.class_ids:
         raise ConfigError(f"{model}: the class {class_label!r} has no adapters")
-    digest = tensors_digest(adapters.classes[class_id].state_dict(), [adapters.config.base, class_id, class_label])
+    about = [adapters.config.base, class_id, adapters.config.names[class_id]]
+    digest = tensors_digest(adapters.classes[class_id].state_dict(), about)
     path = Path(cache_dir or constants.HF_HOME) / "diffusers_cl" / f"class-{digest[:16]}.safetensors"
     with replacing(path) as own:
         adapters.save_class(int(class_id), own)

@@ -25,7 +25,7 @@ EPOCHS = 30
 BATCH_SIZE = 100
 MOMENTUM = 0.9
 WEIGHT_DECAY = 5e-4
-# Not the paper's, which is lost in the copy that this follows; real digits are learned as well at a third or three times of it.
+# Not the paper's, which is lost in the copy that this follows.
 MAX_LEARNING_RATE = 0.1
 # From this resolution on the paper's ResNet-18, below it the ResNet-8.
 RESNET18_RESOLUTION = 32

@@ -79,6 +79,11 @@ def load_pipeline(
     return pipeline.to(choose_device(device))
 
 
+def typed_label(text: str, names: Sequence[str]) -> int | str:
+    """Returns a class that was typed as a pipeline takes it: a number that is none of the `names` is an id."""
+    return int(text) if text.isdecimal() and text not in names else text
+
+
 def to_pil(images: torch.Tensor) -> list[PIL.Image.Image]:
     """Returns uint8 images of shape `(num_images, channels, height, width)`, with 1 or 3 channels, as pictures."""
     return [PIL.Image.fromarray(array) for array in images.permute(0, 2, 3, 1).squeeze(-1).numpy()]

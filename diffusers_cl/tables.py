@@ -29,8 +29,10 @@ COLUMNS = {
     "classification_minutes": "of these for LA, AIA",
 }
 # Left out where no row has a value.
-OPTIONAL_COLUMNS = ("accuracy", "la", "aia", "aia_generated", "per_class", "gap_closed", "paired", "published")
-OPTIONAL_COLUMNS += ("classification_minutes",)
+OPTIONAL_COLUMNS = (
+    *("accuracy", "la", "aia", "aia_generated", "per_class", "classification_minutes"),
+    *("gap_closed", "paired", "published"),
+)
 FLOOR_NAME = "floor (real against real)"
 LATEX_ESCAPES = {character: f"\\{character}" for character in "&%$#_{}"} | {
     "\\": r"\textbackslash{}",

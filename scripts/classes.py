@@ -6,7 +6,8 @@ Lists the classes of an adapted model (FunLoRA), takes single ones out or in, an
     python scripts/classes.py --model runs/funlora/task-01 --add me/digit-7 --output_dir model-with-7
     python scripts/classes.py --model runs/funlora/task-04 --remove 7 --output_dir model-without-7
 
-`--add` takes the file of a class (`FunLoRA.save_class`), the repo of one, or with `--class_label` a model that has it. What lands in `--output_dir` is a model to sample from; the stream that it was learned in goes on from its task folders.
+`--add` takes the file of a class (`FunLoRA.save_class`), the repo of one, or with `--class_label` a model that has it. What lands in
+`--output_dir` is a model to sample from; the stream that it was learned in goes on from its task folders.
 """
 
 import argparse
@@ -16,12 +17,7 @@ from pathlib import Path
 from diffusers_cl.adapters import add_class, remove_class
 from diffusers_cl.class_files import fetch_class, push_class
 from diffusers_cl.errors import ConfigError, RunError
-from diffusers_cl.sampling import load_pipeline
-
-
-def label_of(pipeline, text: str) -> int | str:
-    """Returns a class as the pipeline takes it: a number that is no name is an id."""
-    return int(text) if text.isdecimal() and text not in pipeline.known_classes.values() else text
+from diffusers_cl.sampling import load_pipeline, typed_label
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -49,8 +45,9 @@ def main(argv: list[str] | None = None) -> None:
         if args.output_dir is not None and args.output_dir.exists() and any(args.output_dir.iterdir()):
             raise ConfigError(f"--output_dir {args.output_dir} is not empty")
         pipeline = load_pipeline(args.model, revision=args.revision)
+        names = list(pipeline.known_classes.values())
         if args.push:
-            (class_id,) = pipeline.get_label_ids(label_of(pipeline, args.push))
+            (class_id,) = pipeline.get_label_ids(typed_label(args.push, names))
             pushed = push_class(fetch_class(args.model, class_id, args.revision), args.repo_id)
             print(f"{pushed['url']} has the class {args.push} (commit {pushed['commit'][:12]})")
             return
@@ -58,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
             class_id = add_class(pipeline, args.add if is_file else fetch_class(args.add, args.class_label), args.name)
             print(f"added {pipeline.known_classes[class_id]!r} as {class_id}")
         if args.remove:
-            remove_class(pipeline, label_of(pipeline, args.remove))
+            remove_class(pipeline, typed_label(args.remove, names))
         if changes:
             pipeline.save_pretrained(args.output_dir)
         own = [] if pipeline.adapters is None else pipeline.adapters.class_ids

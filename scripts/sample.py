@@ -14,7 +14,7 @@ from pathlib import Path
 
 from diffusers_cl.errors import ConfigError, RunError
 from diffusers_cl.folders import tasks_of_run
-from diffusers_cl.sampling import choose_device, image_grid, load_pipeline, sample_images, to_pil
+from diffusers_cl.sampling import choose_device, image_grid, load_pipeline, sample_images, to_pil, typed_label
 
 
 def positive_int(text: str) -> int:
@@ -69,8 +69,7 @@ def sample(args: argparse.Namespace) -> Path:
     pipeline = load_pipeline(args.model, choose_device(args.device), f"--model {args.model}", args.revision)
     known = pipeline.known_classes
     names = list(known.values())
-    # A number that is no name is an id.
-    labels = [int(label) if label.isdecimal() and label not in names else label for label in args.classes or names]
+    labels = [typed_label(text, names) for text in args.classes or names]
     try:
         class_ids = list(dict.fromkeys(pipeline.get_label_ids(labels)))
     except ValueError as error:

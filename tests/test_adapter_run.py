@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from funlora_helpers import ADAPTED, STRANGER, draw
 from hostile_helpers import sign
 from safetensors.torch import load_file
 from script_helpers import arguments, finished_run, interrupted_copy, run, start, write_images
@@ -25,14 +26,6 @@ from diffusers_cl.source import open_source
 
 ADAPTERS = "task-02/adapters/diffusion_pytorch_model.safetensors"
 UNET = "unet/diffusion_pytorch_model.safetensors"
-ADAPTED = {
-    "adapter": "funlora",
-    "adapter_layers": '["up_blocks.*", "mid_block.*"]',
-    "adapter_learning_rate": 0.01,
-    "replay": "none",
-    "penalty": "none",
-    "use_ema": "true",
-}
 
 
 @pytest.fixture(scope="module")
@@ -46,11 +39,6 @@ def read_json(path):
 
 def load(folder) -> ClassConditionalPipeline:
     return load_pipeline(folder, torch.device("cpu"), str(folder))
-
-
-def draw(pipeline, *labels) -> torch.Tensor:
-    noise = torch.randn(len(labels), 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    return pipeline(list(labels), 3, latents=noise, output_type="latent").images
 
 
 def test_the_network_is_frozen_after_the_first_task(adapted_run):
@@ -211,30 +199,6 @@ def test_a_class_alone_is_published_and_taken_in(adapted_run, tmp_path):
     ):
         with pytest.raises(ConfigError, match=message):
             wrong()
-
-
-STRANGER = """
-import sys
-
-sys.modules["diffusers_cl"] = None
-import torch
-from diffusers import DiffusionPipeline, UNet2DModel
-
-folder, again, results = sys.argv[1:]
-try:
-    DiffusionPipeline.from_pretrained(folder)
-except ValueError as error:
-    assert "trust_remote_code" in str(error), error
-else:
-    raise SystemExit("the folder's code was run without trust_remote_code")
-pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
-pipe.save_pretrained(again)
-pipe = DiffusionPipeline.from_pretrained(again, trust_remote_code=True)
-noise = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-images = pipe(["4", "2", "0"], 3, latents=noise, output_type="latent").images
-assert set(pipe.components) == {"unet", "scheduler", "adapters"}
-torch.save(images, results)
-"""
 
 
 def test_round_trip_without_the_package(adapted_run, tmp_path):

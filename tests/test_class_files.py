@@ -6,9 +6,9 @@ import sys
 
 import pytest
 import torch
+from funlora_helpers import ADAPTED, STRANGER, draw
 from hub_helpers import ROOT
 from script_helpers import finished_run
-from test_adapter_run import ADAPTED, STRANGER
 
 from diffusers_cl.class_files import fetch_class
 from diffusers_cl.sampling import load_pipeline
@@ -40,11 +40,6 @@ def adapted_run(tmp_path_factory):
 def python(hub, home, *arguments) -> subprocess.CompletedProcess:
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(command, env=hub.environment(home), cwd=ROOT, text=True, capture_output=True, timeout=240)
-
-
-def draw(pipeline, *labels) -> torch.Tensor:
-    noise = torch.randn(len(labels), 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    return pipeline(list(labels), 3, latents=noise, output_type="latent").images
 
 
 def test_there_and_back(hub, client, adapted_run, tmp_path):

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from funlora_helpers import ADAPTED
 from script_helpers import ROOT, finished_run
 
 from diffusers_cl.errors import ConfigError
@@ -31,13 +32,8 @@ def load(name: str, as_name: str):
 
 
 experiment = load("adapters", "experiment_adapters")
-ADAPTED = {
-    "adapter": "funlora",
-    "adapter_layers": '["up_blocks.*", "mid_block.*"]',
-    "adapter_learning_rate": 0.01,
-    "replay": "none",
-    "penalty": "none",
-    "use_ema": "true",
+COMPARED = {
+    **ADAPTED,
     "max_grad_norm": 1.0,
     "gradient_accumulation_steps": 2,
     "random_flip": "true",
@@ -49,7 +45,7 @@ ADAPTED = {
 
 @pytest.fixture(scope="module")
 def adapted_run(tmp_path_factory):
-    return finished_run(tmp_path_factory, "compared", tasks="[[0, 1], [2, 3], [4]]", **ADAPTED)
+    return finished_run(tmp_path_factory, "compared", tasks="[[0, 1], [2, 3], [4]]", **COMPARED)
 
 
 @pytest.fixture(autouse=True)

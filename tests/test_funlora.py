@@ -15,6 +15,7 @@ from diffusers_cl.adapters import importance
 from diffusers_cl.config import FUNLORA_LAYERS
 from diffusers_cl.filters import FUNCTIONS, find_layers, functional_matrix, read_class, starting_terms
 from diffusers_cl.funlora import FunLoRA
+from diffusers_cl.models import PAPER_UNET as DEFAULT_UNET
 
 
 # The network of arXiv 2510.02631 with diffusers' blocks (35.75 million parameters; the paper's 35.84).
@@ -129,6 +130,9 @@ def test_parameters_per_class_as_the_paper_counts_them():
     assert sum(parameter.numel() for parameter in unet.parameters()) == 35_751_427
     # Of 65 convolutions, 0 to 64, those from 40 to 54.
     assert len(find_layers(unet, ["*"])) == 65
+    with torch.device("meta"):
+        own = UNet2DModel(**{**PAPER_UNET, **DEFAULT_UNET})
+    assert (len(find_layers(own, FUNLORA_LAYERS)), len(find_layers(own, ["*"]))) == (16, 67)
     layers = find_layers(unet, FUNLORA_LAYERS)
     assert len(layers) == 15 and sum(map(sum, layers.values())) == 9728
 

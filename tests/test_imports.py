@@ -32,6 +32,8 @@ ALLOWED = {
     "bands": {"torch", "safetensors", ".fisher", ".passes"},
     "replay": {"torch"},
     "pipeline": {"torch", "diffusers"},
+    "filters": {"torch", "safetensors"},
+    "funlora": {"torch", "diffusers", "safetensors", ".filters"},
     "metrics": {"torch", "numpy", ".randomness", "torch_fidelity"},
     # Those above are as light as what they import.
     "randomness": {"torch"},

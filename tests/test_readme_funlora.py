@@ -42,6 +42,23 @@ def test_differences_from_distillation(folder, place):
     assert f"{table['floor']['std']:.2f} {place}" in TEXT
 
 
+def test_the_farthest_classes_and_the_time():
+    seconds = {}
+    for folder in ("digits", "mnist_small"):
+        for run in rows(folder)[1]["runs"]:
+            key = (folder, run.config["adapter"], run.config["replay"], run.config["penalty"])
+            if run.config["stream"] == "sequential" and run.config["funlora_function"] == "cosine":
+                seconds[key] = seconds.get(key, 0.0) + run.machine["cpu_seconds"]["total"]
+            if folder == "mnist_small" and run.config["adapter"] == "funlora":
+                last = run.metrics["metrics"]["fd_classifier"]["matrix"][-1]
+                assert max(last) == last[-1] and run.metrics["tasks"][-1] == ["8", "9"]
+    shares = [
+        seconds[folder, "funlora", "none", "none"] / seconds[folder, "none", "generative_distillation", "none"]
+        for folder in ("digits", "mnist_small")
+    ]
+    assert f"{shares[0]:.2f} (digits) and {shares[1]:.2f} (MNIST) of the CPU seconds" in TEXT
+
+
 def test_functions_on_every_seed():
     found, table = rows("digits")
     names = [f"FunLoRA ({function})" for function in ("cosine", "vanilla", "power")]
